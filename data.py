@@ -1,0 +1,294 @@
+"""Files in, batches out: tokenizer, image processor, the layout of a sequence, the training data, the test sets.
+
+    tokenizer, processor = TextTokenizer(folder), ImageProcessor.from_pretrained(folder)
+    layout = Layout(tokenizer, num_image_tokens=576)
+    dataset = CaptionDataset("train.jsonl", layout, processor)
+
+One record of the training data is one line of JSON. Image paths are relative to the file's folder (or `image_root`):
+
+    {"image": "cats/017.jpg", "short": ["Two cats on a sofa."], "long": ["The photo shows two grey cats that ..."]}
+
+Every caption is routed by its length: under 30 tokens it feeds the contrastive loss, from 30 on the autoregressive
+loss, and over 500 it is cut behind a sentence (paper, section 3). Records that share a value under the optional key
+"group" come in the same batch, where they are each other's hard negatives.
+
+Everything read here is data from strangers: captions cannot inject special tokens, paths cannot leave their root, and
+what is broken is refused with a DataError or counted by reason, never skipped in silence.
+
+Axes: B batch, T tokens.
+"""
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+IMAGE_PROMPT = "Summarize the provided image in one word:"
+TEXT_PROMPT = "Summarize the provided text in one word:"
+LONG = 30  # tokens from which a caption counts as long (paper, section 3)
+LONGEST = 500
+IGNORE = -100  # label of a position that is not supervised
+
+
+class DataError(ValueError):
+    """A file that cannot be used; the message names it, the field, what was found and what to do."""
+
+
+def read_json(path: Path, expected: type | tuple[type, ...] = dict):
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(content, expected):
+        raise DataError(f"{path}: holds a JSON {type(content).__name__}, not what was expected here")
+    return content
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path `name` below `root`. Raises DataError where it is absolute or leads outside, by `..` or a link."""
+    path = (root / name).resolve()
+    if "\0" in name or not path.is_relative_to(root.resolve()):
+        raise DataError(f"{name!r} lies outside of {root}; set the image root to a folder that holds all images")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class TextTokenizer:
+    """The checkpoint's own tokenizer.json. Text is always plain text, unless a template of ours asks for more."""
+
+    def __init__(self, folder: str | Path):
+        path = Path(folder) / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(f"{path}: cannot be read as a tokenizer ({error})") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: index for index, token in added.items() if token.special}
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special_ids)) or "(?!)")
+        self.begin = self.tokenizer.encode("").ids  # [1], LLaMA's <s>; nothing for Qwen
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Text -> ids, nothing put in front. `special` reads <image>, </s> and the like as special tokens: for our
+        own templates only, since a caption that contains such a string means the string."""
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates, legal in JSON, become question marks
+        self.tokenizer.encode_special_tokens = not special
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text, special tokens left out."""
+        return self.tokenizer.decode(ids).strip()
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a family of models writes a conversation: before a question, between question and answer, after an answer."""
+
+    user: str
+    assistant: str
+    end: str
+    stop: str  # the token that ends an answer
+
+
+VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "", "</s>")  # LLaVA-1.5, TinyLLaVA
+CHATML = ChatTemplate(
+    "<|im_start|>user ", "<|im_end|><|im_start|>assistant", "<|im_end|>", "<|im_end|>"
+)  # interleave-qwen
+
+
+class Layout:
+    """Where everything stands in a sequence; every decision about it is made here, once.
+
+        image side   <s> USER: <image> x N | \\nSummarize the provided image in one word: ASSISTANT: | long caption </s>
+        text side    <s> USER: caption     | \\nSummarize the provided text in one word: ASSISTANT:
+                                                                                               ^ the summary position
+
+    Each part between bars is tokenized on its own, so that a prompt's ids never depend on the text around it. With
+    `soft_start`, the prompts' tokens are replaced by the ids soft_start, soft_start + 1, ... that lora.SoftPrompt
+    embeds; `prompt_ids` are the hand-written tokens that these ids began as.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        num_image_tokens: int,
+        image_prompt: str = IMAGE_PROMPT,
+        text_prompt: str = TEXT_PROMPT,
+        soft_start: int | None = None,
+    ):
+        self.tokenizer, self.num_image_tokens = tokenizer, num_image_tokens
+        self.template = CHATML if "<|im_start|>" in tokenizer.special_ids else VICUNA
+        for token in ("<image>", self.template.stop):
+            if token not in tokenizer.special_ids:
+                raise DataError(f"tokenizer.json has no special token {token}; it is not the tokenizer of a LLaVA")
+        self.image_id = tokenizer.special_ids["<image>"]
+        self.stop_id = tokenizer.special_ids[self.template.stop]
+        self.image_prompt, self.text_prompt = (self.prompt(text) for text in (image_prompt, text_prompt))
+        self.prompt_ids = self.image_prompt + self.text_prompt
+        if soft_start is not None:
+            soft = list(range(soft_start, soft_start + len(self.prompt_ids)))
+            self.image_prompt, self.text_prompt = soft[: len(self.image_prompt)], soft[len(self.image_prompt) :]
+        self.image_prefix = tokenizer.begin + self.fill(self.template.user + "<image>")
+
+    def fill(self, template: str, text: str = "") -> list[int]:
+        """Ids of a template with {text} filled in. Special tokens count in the template, never in the text."""
+        ids, position = [], 0
+        for match in [*self.tokenizer.special_pattern.finditer(template), None]:
+            stretch = template[position : match.start() if match else None].replace("{text}", text)
+            ids += self.tokenizer.encode(stretch) if stretch else []
+            if match:
+                index = self.tokenizer.special_ids[match[0]]
+                ids += [index] * (self.num_image_tokens if index == self.image_id else 1)
+                position = match.end()
+        return ids
+
+    def prompt(self, text: str) -> list[int]:
+        """What follows an image or a caption, up to where the model answers."""
+        return self.fill("\n{text}" + self.template.assistant, text)
+
+    def image_side(self, caption: list[int] | None = None) -> list[int]:
+        """An image and its prompt, followed by the ids of a long caption (which the summary cannot see: attention is
+        causal). The image is summarized at position `image_summary`."""
+        return self.image_prefix + self.image_prompt + (caption + [self.stop_id] if caption else [])
+
+    @property
+    def image_summary(self) -> int:
+        return len(self.image_prefix) + len(self.image_prompt) - 1
+
+    def text_side(self, caption: str) -> list[int]:
+        """A caption and its prompt. The text is summarized at the last position."""
+        return self.tokenizer.begin + self.fill(self.template.user + "{text}", caption.strip()) + self.text_prompt
+
+    def question(self, text: str) -> list[int]:
+        """The start of a conversation about an image."""
+        return self.image_prefix + self.prompt(text)
+
+    def next_question(self, text: str) -> list[int]:
+        """What follows an answer in a conversation."""
+        return self.fill(self.template.end + self.template.user + "{text}" + self.template.assistant, text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read a picture as upright RGB. Raises DataError for what is missing, broken, a decompression bomb, or too long.
+
+    Decided: rotation by EXIF is applied (as transformers' load_image does); transparency is composited on white (as
+    transformers 5 does); 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white); of an animation the
+    first frame is taken; only JPEG, PNG, WebP, GIF and BMP are opened (other readers of Pillow run programs).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["JPEG", "PNG", "WEBP", "GIF", "BMP"]) as image:
+                if max(image.size) > 200 * min(image.size):  # resizing its short side would take gigabytes
+                    raise DataError(f"{path}: {image.width} x {image.height} pixels are too long for an image")
+                return to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; scale the image down") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not a JPEG, PNG, WebP, GIF or BMP image") from None
+    except Exception as error:  # whatever Pillow's decoders find: truncated data, bad checksums, broken headers
+        raise DataError(f"{path}: the image is damaged ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow opens 16-bit grey PNGs as either
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+class ImageProcessor:
+    """Picture -> pixel values, as preprocessor_config.json says; bit for bit transformers' PIL image processors."""
+
+    def __init__(self, raw: dict, where: str = "preprocessor_config.json"):
+        def pair(key):
+            """`size` and `crop_size` are an integer or {"height", "width"}."""
+            value = raw[key]
+            sides = [value, value] if type(value) is int else [value["height"], value["width"]]
+            if not all(type(side) is int and 0 < side <= 4096 for side in sides):
+                raise ValueError(f"{key} is {value!r}")
+            return tuple(sides)
+
+        try:
+            self.crop = pair("crop_size") if raw.get("do_center_crop", "crop_size" in raw) else None
+            self.shortest_edge, size = None, raw["size"]
+            if isinstance(size, dict) and "shortest_edge" in size:
+                self.shortest_edge = size["shortest_edge"]
+            elif type(size) is int and self.crop:  # how old CLIP configs write it
+                self.shortest_edge = size
+            if self.shortest_edge is None:
+                self.resized = pair("size")
+            elif (
+                type(self.shortest_edge) is not int or not self.crop or not max(self.crop) <= self.shortest_edge <= 4096
+            ):
+                raise ValueError(f"size {size!r} with crop_size {self.crop} does not give images of one size")
+            self.resample = Image.Resampling(raw.get("resample", 3))
+            mean, std = (np.array(raw[key], np.float32).reshape(3) for key in ("image_mean", "image_std"))
+            factor = float(raw.get("rescale_factor", 1 / 255)) if raw.get("do_rescale", True) else 1.0
+        except KeyError as error:
+            raise DataError(f"{where}: {error} is missing") from None
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: cannot be used ({error})") from None
+        for key, wanted in (("do_resize", True), ("do_normalize", True), ("do_pad", False)):
+            if raw.get(key, wanted) not in (wanted, None):
+                raise DataError(f"{where}: {key} is {raw[key]!r}, which is not implemented")
+        # A pixel has 256 values, so rescaling and normalising are a table; the roundings are transformers' own.
+        values = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
+        self.table = (values - mean[:, None]) / std[:, None]  # (3, 256)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ImageProcessor":
+        """From preprocessor_config.json, or from the newer processor_config.json, where it is nested."""
+        path = Path(folder) / "preprocessor_config.json"
+        if path.exists():
+            return cls(read_json(path), str(path))
+        path = Path(folder) / "processor_config.json"
+        raw = read_json(path).get("image_processor")
+        if not isinstance(raw, dict):
+            raise DataError(f"{path}: has no image_processor, and there is no preprocessor_config.json beside it")
+        return cls(raw, f"{path}: image_processor")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what comes out."""
+        return self.crop or self.resized
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """RGB image -> (3, height, width) fp32."""
+        width, height = image.size
+        if self.shortest_edge:
+            short, scale = min(width, height), self.shortest_edge
+            width, height = int(scale * width / short), int(scale * height / short)  # int() truncates, as they do
+        else:
+            height, width = self.resized
+        pixels = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3) uint8
+        if self.crop:
+            top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+            pixels = pixels[top : top + self.crop[0], left : left + self.crop[1]]
+        return torch.from_numpy(np.stack([self.table[c][pixels[..., c]] for c in range(3)]))

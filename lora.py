@@ -1,0 +1,278 @@
+"""The trainable part: LoRA on the language model's linear layers, and two soft prompts. Everything else is frozen.
+
+    freeze(model)
+    add_lora(model, LoRAConfig(rank=16, alpha=16))
+    add_soft_prompts(model, layout_image_prompt_ids, layout_text_prompt_ids)
+    trainable_parameters(model)                # what the optimizer gets
+    with adapters_disabled(model): ...         # bitwise the base model
+    save_adapter(model, folder)                # PEFT's layout; the soft prompts lie beside it
+
+LoRA: arXiv 2106.09685. Soft prompts: paper, section 3.3, initialised from the hand-written prompts.
+
+Axes: B batch, T tokens, D hidden, R rank, P prompt tokens, V vocabulary.
+"""
+
+import json
+import math
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be used; the message names the file, what was found and what to do."""
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0  # on the adapter's input, while training
+    targets: tuple[str, ...] = TARGETS  # names of linear layers inside the language model's blocks
+    use_rslora: bool = False  # scale by alpha / sqrt(rank): arXiv 2312.03732
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + scale * B A dropout(x), with W frozen. B starts at zero, so that training starts at the base model."""
+
+    def __init__(self, base: nn.Linear, config: LoRAConfig):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.scale, self.dropout, self.enabled = config.scale, config.dropout, True
+        where = {"device": base.weight.device, "dtype": torch.float32}  # small, and summed up over many steps
+        self.lora_A = nn.Linear(base.in_features, config.rank, bias=False, **where)
+        self.lora_B = nn.Linear(config.rank, base.out_features, bias=False, **where)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
+
+
+class SoftPrompt(nn.Embedding):
+    """A token embedding with learnable rows behind the vocabulary: id V + i is token i of the two prompts.
+
+    The rows start as the embeddings of the hand-written prompts' tokens; disabled, they are exactly those.
+    """
+
+    def __init__(self, base: nn.Embedding, image_prompt: list[int], text_prompt: list[int]):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.weight, self.enabled = base.weight, True
+        prompt_ids = torch.tensor(image_prompt + text_prompt, device=base.weight.device)
+        self.register_buffer("prompt_ids", prompt_ids, persistent=False)
+        rows = base.weight.detach()[prompt_ids].float()
+        self.image, self.text = (
+            nn.Parameter(part.clone()) for part in rows.split([len(image_prompt), len(text_prompt)])
+        )
+
+    def forward(self, input_ids):
+        """input_ids (B, T) in [0, V + P) -> (B, T, D)."""
+        is_soft = input_ids >= self.num_embeddings
+        row = (input_ids - self.num_embeddings).clamp(min=0)
+        if not self.enabled:
+            return F.embedding(torch.where(is_soft, self.prompt_ids[row], input_ids), self.weight)
+        embeddings = F.embedding(input_ids.masked_fill(is_soft, 0), self.weight)
+        soft = F.embedding(row, torch.cat([self.image, self.text])).to(embeddings.dtype)
+        return torch.where(is_soft[..., None], soft, embeddings)
+
+
+def freeze(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def add_lora(model: nn.Module, config: LoRAConfig) -> None:
+    """Replace the targeted linear layers of `model.language_model` by LoRALinear, in place; weights are shared."""
+    for block in model.language_model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if name in config.targets:
+                    setattr(part, name, LoRALinear(layer, config))
+
+
+def add_soft_prompts(model: nn.Module, image_prompt: list[int], text_prompt: list[int]) -> None:
+    """Give the ids from the vocabulary's end on to two soft prompts that start as these hand-written tokens."""
+    model.language_model.embed_tokens = SoftPrompt(model.language_model.embed_tokens, image_prompt, text_prompt)
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | SoftPrompt)}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module):
+    """Inside, the model computes exactly what it did before anything was added."""
+    before = {module: module.enabled for module in adapters(model).values()}
+    for module in before:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module, enabled in before.items():
+            module.enabled = enabled
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Fold every B A into its weight, computed in fp32, and put plain linear layers back. Soft prompts stay."""
+    for name, module in adapters(model).items():
+        if isinstance(module, LoRALinear):
+            delta = module.scale * module.lora_B.weight @ module.lora_A.weight
+            layer = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            layer.weight = nn.Parameter((module.weight.float() + delta).to(module.weight.dtype))
+            layer.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+
+
+# ---- Files: PEFT's layout (adapter_config.json, adapter_model.safetensors), and soft_prompts.safetensors beside it.
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, config: LoRAConfig | None = None, notes: dict | None = None
+) -> None:
+    """Write what was added to the model. `notes` are strings kept with the soft prompts, such as the prompts' text."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if ".lora_" in name}
+    if tensors:
+        tensors = {f"base_model.model.model.{name}": tensor for name, tensor in tensors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        raw = {
+            "peft_type": "LORA",
+            "r": config.rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "use_rslora": config.use_rslora,
+            # A regular expression: a plain list of names would also match layers of the vision tower.
+            "target_modules": rf".*language_model.*\.({'|'.join(config.targets)})",
+            "bias": "none",
+            "inference_mode": True,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    embedding = model.language_model.embed_tokens
+    if isinstance(embedding, SoftPrompt):
+        prompts = {
+            f"soft_prompt.{name}": p.detach().cpu()
+            for name, p in (("image", embedding.image), ("text", embedding.text))
+        }
+        save_file(prompts, folder / "soft_prompts.safetensors", metadata=notes)
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, image_prompt: list[int], text_prompt: list[int]
+) -> LoRAConfig | None:
+    """Add to a base model what `save_adapter` wrote, or a LoRA adapter of PEFT's for the same language model.
+
+    The prompts are the hand-written token ids that the soft prompts began as. Returns the LoRA's config, None where
+    there is none. Raises AdapterError.
+    """
+    folder, config = Path(folder), None
+    has_lora, has_prompts = (folder / "adapter_config.json").exists(), (folder / "soft_prompts.safetensors").exists()
+    if not has_lora and not has_prompts:
+        raise AdapterError(
+            f"{folder}: neither adapter_config.json nor soft_prompts.safetensors; this is not an adapter"
+        )
+    if has_lora:
+        config = read_lora_config(folder / "adapter_config.json")
+        add_lora(model, config)
+        path = folder / "adapter_model.safetensors"
+        load_tensors(
+            model, path, {f"{n}.weight": f"{n}.weight" for n, m in model.named_modules() if ".lora_" in n}, lora_name
+        )
+    if has_prompts:
+        add_soft_prompts(model, image_prompt, text_prompt)
+        names = {f"soft_prompt.{kind}": f"language_model.embed_tokens.{kind}" for kind in ("image", "text")}
+        load_tensors(model, folder / "soft_prompts.safetensors", names)
+    return config
+
+
+def read_lora_config(path: Path) -> LoRAConfig:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("peft_type") != "LORA":
+            raise AdapterError(f"{path}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is implemented")
+        refused = {
+            "use_dora",
+            "modules_to_save",
+            "rank_pattern",
+            "alpha_pattern",
+            "fan_in_fan_out",
+            "layers_to_transform",
+        }
+        for key in sorted(refused):
+            if raw.get(key):
+                raise AdapterError(f"{path}: {key} is {raw[key]!r}, which is not implemented")
+        if raw.get("bias", "none") != "none":
+            raise AdapterError(f"{path}: bias is {raw['bias']!r}, only 'none' is implemented")
+        named, modules = raw["target_modules"], TARGETS
+        targets = tuple(
+            t
+            for t in modules
+            if named == "all-linear" or (t in named if isinstance(named, list) else re.search(rf"\b{t}\b", named))
+        )
+        config = LoRAConfig(
+            int(raw.get("r", 8)),
+            float(raw.get("lora_alpha", 8)),
+            float(raw.get("lora_dropout", 0)),
+            targets,
+            raw.get("use_rslora") is True,
+        )
+    except AdapterError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{path}: cannot be used ({type(error).__name__}: {error})") from None
+    if config.rank < 1 or not targets:
+        raise AdapterError(f"{path}: rank {config.rank} on {targets or 'no known layers'} is no LoRA")
+    return config
+
+
+def lora_name(stored: str) -> str:
+    """PEFT's names, with transformers' old or new module paths, bare language models included -> ours."""
+    pattern = r"base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?(layers\.\d+\.\w+\.\w+\.lora_[AB])(?:\.default)?\.weight"
+    match = re.fullmatch(pattern, stored)
+    return f"language_model.{match[1]}.weight" if match else stored
+
+
+def load_tensors(model: nn.Module, path: Path, names: dict[str, str], rename=lambda name: name) -> None:
+    """Copy a safetensors file into parameters: exactly the tensors `names` (file -> parameter), with equal shapes."""
+    parameters = dict(model.named_parameters())
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {rename(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: not a safetensors file ({error})") from None
+    faults = [f"missing: {name}" for name in names if name not in stored]
+    faults += [f"unexpected: {name}" for name in stored if name not in names]
+    for name in names.keys() & stored.keys():
+        have, want = tuple(stored[name].shape), tuple(parameters[names[name]].shape)
+        if have != want:
+            faults.append(f"wrong shape: {name} {have}, expected {want}")
+    if faults:
+        raise AdapterError(f"{path}: does not fit this model\n  " + "\n  ".join(sorted(faults)[:20]))
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameters[parameter].copy_(stored[name])

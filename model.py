@@ -1,0 +1,716 @@
+"""LLaVA in pure PyTorch: a vision tower, a two-layer projector, a language model. Images and ids in, hidden states out.
+
+    model = Llava.from_pretrained("llava-1.5-7b-hf", dtype=torch.bfloat16, device="cuda")
+    hidden = model(input_ids, pixel_values)                       # (B, T, D), after the final norm
+    answers = model.generate([[1, 3148, 1001, ...]], pixel_values)  # lists of token ids
+
+One class per box of the diagram, from the bottom up. Attributes carry the parameter names of Hugging Face checkpoints,
+so that loading is a renaming of prefixes and nothing else; what is read and what is refused is at the end of the file.
+
+Axes: B batch, T tokens, S cached tokens, N image tokens, D hidden, H heads, K key/value heads, V vocabulary.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file, what was found and what to do."""
+
+
+# ---- Configuration: Hugging Face's keys and defaults, as released config.json files omit what equals a default.
+
+
+@dataclass
+class VisionConfig:
+    """A CLIP or SigLIP vision tower; these are CLIP's defaults, what differs for SigLIP is in `DEFAULTS`."""
+
+    model_type: str = "clip_vision_model"
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def is_clip(self) -> bool:
+        """CLIP has a class token and a norm before the first layer, SigLIP a bias on its patch embedding instead."""
+        return self.model_type == "clip_vision_model"
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass
+class TextConfig:
+    """A LLaMA or Qwen2 language model; these are LLaMA's defaults, what differs for Qwen2 is in `DEFAULTS`."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as attention heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+# What an absent key means, where it differs from the dataclasses above.
+QWEN2 = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+SIGLIP = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+DEFAULTS = {
+    VisionConfig: {"clip_vision_model": {}, "siglip_vision_model": SIGLIP},
+    TextConfig: {"llama": {}, "qwen2": QWEN2},
+}
+CLIP_LARGE_336 = VisionConfig("clip_vision_model", 1024, 4096, 24, 16, 3, 336, 14)  # where vision_config is absent
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,  # the exact (erf) form
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+@dataclass
+class LlavaConfig:
+    vision: VisionConfig = field(default_factory=lambda: CLIP_LARGE_336)
+    text: TextConfig = field(default_factory=TextConfig)
+    image_token_id: int = 32000
+    pad_token_id: int | None = None
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"
+    eos_token_ids: tuple[int, ...] = (2,)  # generation stops at any of them
+
+    @property
+    def num_vision_layers(self) -> int:
+        """Vision layers the feature needs: hidden state 0 is the input, hidden state i the output of layer i - 1."""
+        return self.vision_feature_layer % (self.vision.num_hidden_layers + 1)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that one image takes in `input_ids`: 576 for LLaVA-1.5, 729 for the interleave models."""
+        return self.vision.num_patches + self.vision.is_clip - (self.vision_feature_select_strategy == "default")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "LlavaConfig":
+        """Read `folder`/config.json, and the stop tokens of generation_config.json. Raises CheckpointError."""
+        path = Path(folder) / "config.json"
+        raw = read_json(path)
+        refuse_unsupported(path, raw)
+        vision, text = raw.get("vision_config"), raw.get("text_config") or {}
+        config = {
+            "vision": CLIP_LARGE_336 if vision is None else read_section(VisionConfig, path, "vision_config", vision),
+            "text": read_section(TextConfig, path, "text_config", text),
+            "eos_token_ids": read_stop_tokens(Path(folder) / "generation_config.json", text),
+        }
+        # A tied head is announced at either level; the interleave models say so in text_config only.
+        config["text"].tie_word_embeddings |= raw.get("tie_word_embeddings") is True
+        raw = {"image_token_id": raw.get("image_token_index")} | raw  # the old name of the key; the new one wins
+        config = read_fields(cls, f"{path}: ", raw, config)
+        config.check(path)
+        return config
+
+    def check(self, where: str | Path) -> None:
+        """Raise CheckpointError, with every reason, unless the numbers fit together."""
+        v, t, strategy = self.vision, self.text, self.vision_feature_select_strategy
+        rules = [
+            (v.hidden_act in ACTIVATIONS, f"vision hidden_act {v.hidden_act!r} is unknown"),
+            (self.projector_hidden_act in ACTIVATIONS, f"projector_hidden_act {self.projector_hidden_act!r}"),
+            (t.hidden_act == "silu", f"text_config.hidden_act {t.hidden_act!r} is unknown, only 'silu' is not"),
+            (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r} is unknown"),
+            (v.hidden_size % v.num_attention_heads == 0, f"vision hidden_size {v.hidden_size}"),
+            (t.num_attention_heads % t.num_key_value_heads == 0, f"{t.num_key_value_heads} key/value heads do not fit"),
+            (t.head_dim % 2 == 0 < t.head_dim, f"head_dim {t.head_dim} is not even, rotary embeddings need it"),
+            (v.patch_size <= v.image_size, f"patch_size {v.patch_size} > image_size {v.image_size}"),
+            (0 < abs(self.vision_feature_layer) <= v.num_hidden_layers, f"no vision layer {self.vision_feature_layer}"),
+            (0 <= self.image_token_id < t.vocab_size, f"image_token_index {self.image_token_id} is not a token"),
+        ]
+        if faults := [fault for fine, fault in rules if not fine]:
+            raise CheckpointError(f"{where}: " + "; ".join(faults))
+
+    def to_dict(self) -> dict:
+        """The config.json of a Hugging Face LLaVA folder."""
+        no_head = {} if self.vision.is_clip else {"vision_use_head": False}  # SigLIP's pooling head is not in LLaVA
+        ours = ("vision", "text", "image_token_id", "eos_token_ids")
+        return {k: v for k, v in vars(self).items() if k not in ours} | {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": self.image_token_id,
+            "image_seq_length": self.num_image_tokens,
+            "tie_word_embeddings": self.text.tie_word_embeddings,
+            "vision_config": vars(self.vision) | no_head,
+            "text_config": vars(self.text) | {"eos_token_id": next(iter(self.eos_token_ids), None)},
+        }
+
+
+# ---- Vision tower. CLIP: github.com/openai/CLIP (model.py); SigLIP: arXiv 2303.15343. Patches attend both ways.
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D, hidden, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.num_heads, self.activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps=eps), nn.LayerNorm(D, eps=eps)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(D, D) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, hidden), "fc2": nn.Linear(hidden, D)})
+
+    def forward(self, x):
+        attention, y = self.self_attn, self.layer_norm1(x)
+        q, k, v = (
+            proj(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, patches, D / H)
+            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + attention.out_proj(y.transpose(1, 2).flatten(2))
+        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
+
+
+class VisionTower(nn.Module):
+    """A vision transformer that ends at LLaVA's feature layer: what lies behind is neither held nor computed."""
+
+    def __init__(self, config: VisionConfig, num_layers: int):
+        super().__init__()
+        self.config, D, P = config, config.hidden_size, config.patch_size
+        self.embeddings, self.encoder = nn.Module(), nn.Module()  # names in the checkpoint, nothing more
+        self.embeddings.patch_embedding = nn.Conv2d(config.num_channels, D, P, stride=P, bias=not config.is_clip)
+        self.embeddings.position_embedding = nn.Embedding(config.num_patches + config.is_clip, D)
+        if config.is_clip:  # "layrnorm" is how CLIP's checkpoints spell it
+            self.embeddings.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
+            self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.encoder.layers = nn.ModuleList(VisionLayer(config) for _ in range(num_layers))
+
+    def forward(self, pixel_values):
+        """pixel_values (B, 3, image_size, image_size) -> the feature layer's hidden state (B, patches (+ 1), D)."""
+        if pixel_values.shape[-2:] != (self.config.image_size,) * 2:
+            raise ValueError(f"pixel_values {tuple(pixel_values.shape)} are not {self.config.image_size} pixels square")
+        patch_embedding, position_embedding = self.embeddings.patch_embedding, self.embeddings.position_embedding
+        x = patch_embedding(pixel_values.to(patch_embedding.weight.dtype))
+        x = x.flatten(2).transpose(1, 2)  # (B, patches, D), row by row
+        if self.config.is_clip:
+            x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        x = x + position_embedding.weight
+        if self.config.is_clip:
+            x = self.pre_layrnorm(x)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return x
+
+
+class MultiModalProjector(nn.Module):
+    """Two linear layers from the vision tower's width to the language model's. LLaVA-1.5: arXiv 2310.03744."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        D, bias = config.text.hidden_size, config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(config.vision.hidden_size, D, bias=bias)
+        self.activation = ACTIVATIONS[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(D, D, bias=bias)
+
+    def forward(self, features):
+        return self.linear_2(self.activation(self.linear_1(features)))
+
+
+# ---- Language model: LLaMA (arXiv 2302.13971); Qwen2 is the same with biases on q, k and v.
+
+
+def rotary_embedding(positions, head_dim: int, theta: float, dtype: torch.dtype):
+    """Cosine and sine of every position's angles (RoPE, arXiv 2104.09864), in fp32 until the last cast.
+
+    positions (B or 1, T) -> two tensors (B or 1, 1, T, head_dim), the second half of the last axis repeating the first.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions[:, None, :, None].float() / theta**exponents  # (B or 1, 1, T, head_dim / 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x[i], x[i + head_dim / 2]); Hugging Face's weights are laid out for halves, not neighbours."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        D, head_dim = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.head_dim, self.grouped = head_dim, H != K
+        self.q_proj = nn.Linear(D, H * head_dim, bias=bias)
+        self.k_proj = nn.Linear(D, K * head_dim, bias=bias)
+        self.v_proj = nn.Linear(D, K * head_dim, bias=bias)
+        self.o_proj = nn.Linear(H * head_dim, D, bias=config.attention_bias)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.update(layer, k, v)  # (B, K, S, head_dim) and (B, 1, T, S), no mask on first use
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, hidden, bias=bias)
+        self.up_proj = nn.Linear(D, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, D, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeddings, cache=None):
+        """embeddings (B, T, D) -> hidden states (B, T, D) after the final norm; with a cache, they continue its rows.
+
+        Attention is causal and needs no padding mask, as padding stands on the RIGHT: no real token sees it.
+        """
+        x = embeddings
+        positions = torch.arange(x.shape[1], device=x.device)[None] if cache is None else cache.extend(x.shape[1])
+        cos, sin = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, cache, index)
+        return self.norm(x)
+
+
+class KVCache:
+    """Keys and values of the tokens that a batch of conversations has seen; grows as needed.
+
+    `tokens[b]` are the ids whose keys and values row b holds. Rows may differ in length: what lies behind a row's last
+    token is padding, masked out and overwritten later.
+    """
+
+    def __init__(self, config: TextConfig, batch_size: int, dtype: torch.dtype, device: torch.device | str):
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, 0, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row at once, so that generation does not grow the cache at every step."""
+        extra = max(0, capacity - self.keys.shape[3])
+        self.keys, self.values = (F.pad(x, (0, 0, 0, extra)) for x in (self.keys, self.values))
+
+    def extend(self, T: int):
+        """Announce T new tokens a row -> their positions (B, T). `tokens` is the caller's to update afterwards."""
+        lengths = torch.tensor([len(row) for row in self.tokens], device=self.keys.device)
+        self.positions = lengths[:, None] + torch.arange(T, device=lengths.device)
+        self.end = max(map(len, self.tokens)) + T
+        self.reserve(self.end)
+        slots = torch.arange(self.end, device=lengths.device)
+        # With nothing cached, the new tokens attend among themselves: plain causal attention, the fast path.
+        self.mask = slots <= self.positions[:, None, :, None] if any(self.tokens) else None  # (B, 1, T, S)
+        return self.positions
+
+    def update(self, layer: int, key, value):
+        """Store key and value (B, K, T, head_dim) of one layer -> all keys and values to attend to, and their mask."""
+        rows = torch.arange(len(self.tokens), device=key.device)[:, None]
+        self.keys[layer][rows, :, self.positions] = key.transpose(1, 2)
+        self.values[layer][rows, :, self.positions] = value.transpose(1, 2)
+        if self.mask is None:
+            return key, value, None
+        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end], self.mask
+
+
+# ---- LLaVA: arXiv 2304.08485.
+
+
+class Llava(nn.Module):
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision, config.num_vision_layers)
+        self.multi_modal_projector = MultiModalProjector(config)
+        self.language_model = LanguageModel(config.text)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        if config.text.tie_word_embeddings:
+            self.lm_head.weight = self.language_model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def image_features(self, pixel_values):
+        """pixel_values (images, 3, height, width) -> what takes the place of the image tokens (images, N, D)."""
+        features = self.vision_tower(pixel_values)
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]  # CLIP's class token
+        return self.multi_modal_projector(features)
+
+    def embed(self, input_ids, pixel_values=None, image_features=None):
+        """Token embeddings (B, T, D), with image features at the image tokens, in reading order."""
+        embeddings = self.language_model.embed_tokens(input_ids)
+        if pixel_values is not None:
+            image_features = self.image_features(pixel_values)
+        if image_features is None:
+            return embeddings
+        is_image = input_ids == self.config.image_token_id
+        places, features = int(is_image.sum()), image_features[..., 0].numel()
+        if places != features:
+            raise ValueError(f"input_ids have {places} image tokens for {features} image features")
+        return embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
+
+    def forward(self, input_ids, pixel_values=None, image_features=None, cache=None):
+        """ids (and images) -> hidden states (B, T, D) after the final norm; those at padding are meaningless.
+
+        input_ids: (B, T) int64, padded on the right with any id; the image token's id once per image feature.
+        pixel_values: (images, 3, image_size, image_size) in reading order, or their image_features: (images, N, D).
+        cache: holds what stands in front of input_ids; the caller extends its `tokens` by what was not padding.
+        """
+        return self.language_model(self.embed(input_ids, pixel_values, image_features), cache)
+
+    def logits(self, hidden):
+        """hidden (..., D) -> next-token logits (..., V)."""
+        return self.lm_head(hidden)
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        return KVCache(self.config.text, batch_size, self.dtype, self.device)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], pixel_values=None, max_new_tokens: int = 128, temperature: float = 0.0,
+        top_p: float = 1.0, generator: torch.Generator | None = None, cache: KVCache | None = None
+    ) -> list[list[int]]:  # fmt: skip
+        """Continue each prompt up to a stop token (config.eos_token_ids) or max_new_tokens -> each row's new ids.
+
+        prompts: token ids, rows of any lengths, image tokens expanded; pixel_values: their images in reading order.
+        temperature: 0 picks the likeliest token (greedy), above samples, among those that together hold top_p.
+        cache: from `new_cache`, to continue a conversation: pass the whole of it, the cached part is not computed
+            again, and images are needed only when their tokens are new.
+        """
+        cache = cache if cache is not None else self.new_cache(len(prompts))
+        for prompt, seen in zip(prompts, cache.tokens, strict=True):
+            if prompt[: len(seen)] != seen or len(prompt) == len(seen):
+                raise ValueError("a prompt must begin with the tokens that the cache holds, and go on behind them")
+        longest = max(map(len, prompts)) + max_new_tokens
+        known = self.config.text.max_position_embeddings
+        if longest > known:
+            raise ValueError(f"prompt and {max_new_tokens} new tokens need {longest} positions, the model has {known}")
+        cache.reserve(longest)
+
+        new = [prompt[len(seen) :] for prompt, seen in zip(prompts, cache.tokens)]
+        if pixel_values is None and any(self.config.image_token_id in row for row in new):
+            raise ValueError("the prompts hold image tokens, but there are no pixel_values")
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = [True] * len(prompts)
+        for step in range(max_new_tokens):
+            width = max(map(len, new))
+            input_ids = torch.tensor([row + [0] * (width - len(row)) for row in new], device=self.device)
+            hidden = self(input_ids, pixel_values if step == 0 else None, cache=cache)
+            last = torch.tensor([len(row) - 1 for row in new], device=self.device)
+            logits = self.logits(hidden[torch.arange(len(new), device=self.device), last])  # (B, V)
+            chosen = choose_tokens(logits, temperature, top_p, generator).tolist()
+            for row, token in enumerate(chosen):
+                if running[row]:  # a row that has stopped stays as it is: what it is fed now is overwritten later
+                    cache.tokens[row] += new[row]
+                    running[row] = token not in self.config.eos_token_ids
+                if running[row]:
+                    answers[row].append(token)
+            if not any(running):
+                break
+            new = [[token] for token in chosen]
+        return answers
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device: torch.device | str = "cpu") -> "Llava":
+        """Read a Hugging Face LLaVA folder, tensor by tensor, onto `device`, as `dtype`. Raises CheckpointError, with all
+        missing, unexpected and mis-shaped tensors in one message."""
+        config = LlavaConfig.from_pretrained(folder)
+        with torch.device("meta"):  # shapes without memory
+            model = cls(config)
+        load_weights(model, Path(folder), dtype, device)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write a new Hugging Face LLaVA folder: config.json, generation_config.json, safetensors under the old names.
+
+        The vision tower is written as it is held, so the saved config ends at the feature layer and calls it -1.
+        Raises FileExistsError where there are weights already.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.glob("model*.safetensors")):
+            raise FileExistsError(f"{folder}: holds a model already; choose a new folder")
+        write_weights(self, folder, max_shard_bytes)
+        vision = dataclasses.replace(self.config.vision, num_hidden_layers=self.config.num_vision_layers)
+        config = dataclasses.replace(self.config, vision=vision, vision_feature_layer=-1).to_dict()
+        config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        stop = {"eos_token_id": list(self.config.eos_token_ids)}
+        (folder / "generation_config.json").write_text(json.dumps(stop, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: now the folder is complete
+
+
+def choose_tokens(logits, temperature: float, top_p: float, generator=None):
+    """logits (B, V) -> token ids (B,): greedy at temperature 0, else nucleus sampling (arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, ids = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    # Keep a token while the ones in front of it hold less than top_p: the first one always stays.
+    keep = probabilities.cumsum(dim=-1) - probabilities < top_p
+    picked = torch.multinomial(probabilities * keep, 1, generator=generator)
+    return ids.gather(-1, picked).squeeze(-1)
+
+
+# ---- Checkpoint files: data from strangers. Names and shapes are checked, nothing is executed, pickle is never opened.
+
+
+def read_json(path: Path) -> dict:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {broken_download(path)}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def read_section(cls, path: Path, name: str, raw: dict):
+    """One of the two sub-configs of config.json."""
+    where = f"{path}: {name}."
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: {name} is {raw!r}, expected an object")
+    known, kind = DEFAULTS[cls], raw.get("model_type") or cls.model_type
+    if not isinstance(kind, str) or kind not in known:
+        raise CheckpointError(f"{where}model_type is {kind!r}, supported are {' and '.join(known)}")
+    if raw.get("use_sliding_window"):
+        raise CheckpointError(f"{where}use_sliding_window is on; sliding windows are not implemented")
+    for key in ("rope_scaling", "rope_parameters"):  # old files have `rope_theta`, new ones `rope_parameters`
+        rope = raw.get(key) or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise CheckpointError(f"{where}{key} is {rope!r}; only plain rotary embeddings are implemented")
+        raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
+    return read_fields(cls, where, known[kind] | {k: v for k, v in raw.items() if v is not None})
+
+
+def read_fields(cls, where: str, raw: dict, known: dict | None = None):
+    """Fill the dataclass `cls` from a JSON object, checking type and sign; `known` fields are taken as they are."""
+    values = dict(known or {})
+    for f in dataclasses.fields(cls):
+        value = raw.get(f.name)
+        if f.name in values or value is None:
+            continue
+        fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
+        signed = f.name.endswith(("_id", "_layer")) or isinstance(value, str)
+        if not fits or isinstance(value, bool) != (f.type is bool) or not (signed or 0 <= value < 2**31):
+            raise CheckpointError(f"{where}{f.name} is {value!r}, expected {getattr(f.type, '__name__', f.type)}")
+        values[f.name] = value
+    return cls(**values)
+
+
+def read_stop_tokens(path: Path, text: dict) -> tuple[int, ...]:
+    """The ids that end an answer, one or several: generation_config.json's, else text_config's, else LLaMA's."""
+    default = {"eos_token_id": 2 if text.get("model_type", "llama") == "llama" else []}
+    sources = [read_json(path) if path.exists() else {}, text, default]
+    value = next(source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None)
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(index) is int for index in ids):
+        raise CheckpointError(f"{path}: eos_token_id is {value!r}, expected an integer or a list of them")
+    return tuple(ids)
+
+
+def refuse_unsupported(path: Path, raw: dict) -> None:
+    kind, original = raw.get("model_type"), "LlavaLlamaForCausalLM" in (raw.get("architectures") or [])
+    reasons = {
+        "LLaVA's original layout keeps its vision tower elsewhere and its weights in pickle; use the Hugging Face "
+        "conversion of the same model, for example llava-hf/llava-1.5-7b-hf": "mm_vision_tower" in raw or original,
+        f"model_type is {kind!r}; only 'llava' is supported: LLaVA-1.5 and the interleave models, not LLaVA-NeXT, "
+        "OneVision or Qwen2-VL": kind != "llava",
+        "the weights are quantised; use the fp16, bf16 or fp32 checkpoint": bool(raw.get("quantization_config")),
+        "vision_feature_layer is a list; only one is supported": isinstance(raw.get("vision_feature_layer"), list),
+    }
+    for reason, refused in reasons.items():
+        if refused:
+            raise CheckpointError(f"{path}: {reason}")
+
+
+def broken_download(path: Path) -> str:
+    """What a file that cannot be read often turns out to be."""
+    if not path.is_file():
+        return "a Hugging Face LLaVA folder has this file"
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if head == b"version ":
+        return "it is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again"
+    return "it is an HTML page: download it again" if head[:1] == b"<" else "the download may be incomplete: repeat it"
+
+
+def open_weights(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); {broken_download(path)}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in transformers' order of precedence. Shards must lie in the folder."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        found = ", ".join(sorted(path.name for path in folder.glob("*.*") if path.suffix != ".json")[:5])
+        raise CheckpointError(
+            f"{folder}: there is no model.safetensors and no model.safetensors.index.json, only: {found or 'nothing'}. "
+            "Pickle files (.bin, .pt) are not read: get the safetensors version, or convert with transformers"
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(type(v) is str for v in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must be an object from tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    if any(Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors") for shard in shards):
+        raise CheckpointError(f"{index}: {shards} are not all names of safetensors files in this folder")
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise CheckpointError(f"{folder}: {len(missing)} of {len(shards)} shards missing, download them: {missing}")
+    return [folder / shard for shard in shards]
+
+
+def canonical_name(name: str) -> str:
+    """Any of the four layouts in the wild -> the names of `Llava.state_dict()`.
+
+    old     language_model.model.layers.0...   language_model.lm_head.weight   vision_tower.vision_model....
+    new     model.language_model.layers.0...                  lm_head.weight   model.vision_tower.vision_model....
+    newest  model.language_model.layers.0...                  lm_head.weight   model.vision_tower....
+    mixed   language_model.model.layers.0...   language_model.lm_head.weight   vision_tower....
+    """
+    name = re.sub(r"^model\.(?=(language_model|vision_tower|multi_modal_projector)\.)", "", name)
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.model\.", "language_model.", name)
+    return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
+
+
+def is_unused(name: str, config: LlavaConfig) -> bool:
+    """Tensors that checkpoints hold and LLaVA never reads: the vision tower's end, and buffers computed here."""
+    if layer := re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name):
+        return config.num_vision_layers <= int(layer[1]) < config.vision.num_hidden_layers
+    return bool(re.search(r"^vision_tower\.(post_layernorm|head)\.|\.rotary_emb\.inv_freq$|\.position_ids$", name))
+
+
+def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give a model on the meta device its weights: first all names and shapes are checked, then tensors are read."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    stored_in, faults = {}, []
+    for path in weight_files(folder):
+        with open_weights(path) as file:
+            for stored in file.keys():  # noqa: SIM118, the handle is not a dict
+                name, tensor = canonical_name(stored), file.get_slice(stored)
+                shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+                if is_unused(name, model.config):
+                    continue
+                if kind not in ("F64", "F32", "F16", "BF16"):
+                    advice = "quantised checkpoints cannot be read, use the original in fp16, bf16 or fp32"
+                    raise CheckpointError(f"{path}: {stored} ({kind}) is not a float tensor; {advice}")
+                if name not in expected:
+                    faults.append(f"unexpected: {stored} {shape}")
+                elif shape != expected[name]:
+                    faults.append(f"wrong shape: {stored} {shape}, expected {expected[name]}")
+                elif name in stored_in:
+                    faults.append(f"twice: {stored} and {stored_in[name][1]}")
+                stored_in[name] = path, stored
+    tied = model.config.text.tie_word_embeddings
+    missing = [name for name in expected if name not in stored_in and not (tied and name == "lm_head.weight")]
+    faults += [f"missing: {name} {expected[name]}" for name in missing]
+    if faults:
+        shown = faults[:30] + [f"and {len(faults) - 30} more"] * (len(faults) > 30)
+        raise CheckpointError(f"{folder}: {len(faults)} tensors do not fit config.json\n  " + "\n  ".join(shown))
+
+    for path in dict.fromkeys(path for path, _ in stored_in.values()):
+        with open_weights(path) as file:  # tensors are views of the mapped file: only what is converted is copied
+            for name, (shard, stored) in stored_in.items():
+                if shard == path:
+                    owner, _, attribute = name.rpartition(".")
+                    tensor = file.get_tensor(stored).to(device=device, dtype=dtype)
+                    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+    if tied and "lm_head.weight" in stored_in:  # believe the file: a head unlike the embedding is not tied
+        embedding = model.language_model.embed_tokens.weight
+        model.config.text.tie_word_embeddings = torch.equal(model.lm_head.weight, embedding)
+    if model.config.text.tie_word_embeddings:
+        model.lm_head.weight = model.language_model.embed_tokens.weight
+
+
+def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
+    """model.safetensors, or shards with an index, under the names of the old layout (see `canonical_name`)."""
+    tensors = model.state_dict()
+    if model.config.text.tie_word_embeddings:
+        tensors.pop("lm_head.weight")
+    # transformers looks for the norm behind the vision tower, though LLaVA never applies it: one that does nothing.
+    ones = torch.ones(model.config.vision.hidden_size, dtype=model.dtype)
+    tensors |= {"vision_tower.post_layernorm.weight": ones, "vision_tower.post_layernorm.bias": torch.zeros_like(ones)}
+
+    shards, room = [{}], max_shard_bytes
+    for name, tensor in tensors.items():
+        name = re.sub(r"^language_model\.", "language_model.model.", name)
+        name = re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
+        name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+        if tensor.nbytes > room and shards[-1]:
+            shards, room = [*shards, {}], max_shard_bytes
+        shards[-1][name] = tensor.contiguous()
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        return save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+    weight_map, total = {}, sum(tensor.nbytes for tensor in tensors.values())
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(index + "\n")

@@ -1,0 +1,434 @@
+"""Makes toy/tiny-llava from nothing: a small LLaVA that has learned to look, to read and to answer, and nothing else.
+
+    python -m toy.pretrain                                       at most 40 minutes on two CPU cores
+    python -m toy.pretrain --plain --out toy/tiny-llava-plain    the same without binding words
+
+Purely generative, as real LVLMs are trained: captions, questions about pictures and about texts, one-word summaries.
+No two examples are ever compared: whatever the embeddings can do afterwards comes from generation.
+
+The language has compound nouns, as German has: "red-ring" (a color and its shape), "large-red", "large-ring", and
+"left-red", "top-ring" (on which side of another object). They are answers to "Summarize the provided image in one
+word:" that are right of a picture with a red ring and a blue star, and wrong of one with a red star and a blue ring.
+Every true word is a right answer, so the target is their distribution. Without them (--plain) a summary is a bag of
+words, and so is every embedding made from it.
+
+Each scene is made up on the spot, from the "train" split of the toy world: the model hardly sees one twice.
+Axes: B rows of a batch, T tokens, D hidden, V vocabulary.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
+
+from model import Llava, LlavaConfig, TextConfig, VisionConfig
+from toy import world
+from toy.world import OPPOSITE, PLACES, RELATIONS, Caption, Scene, Thing, holds, name
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
+UNKNOWN, START, STOP, IMAGE, PAD = range(5)  # their ids
+IGNORE = -100  # no prediction is asked for at this position
+SUMMARIZE_IMAGE = "\nSummarize the provided image in one word: ASSISTANT:"
+SUMMARIZE_TEXT = "\nSummarize the provided text in one word: ASSISTANT:"
+DESCRIBE = "\nDescribe the image in detail. ASSISTANT:"
+SIDES = {"left of": ("left", "right"), "right of": ("right", "left")} | {
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
+}  # where a relation puts its first and its second thing
+TOKEN = r"user:|assistant:|[a-z]+(?:-[a-z]+)*|[^\sa-z]"
+OTHER_WORDS = """user: assistant: summarize the provided image text in one word : describe detail . briefly ? , an a is
+are there of picture shows with and on background objects object what color size shape where how many nothing unknown
+yes no left right top bottom above below"""
+
+STEPS = 9000
+SCENES_A_STEP = 16
+LEARNING_RATE = 1.2e-3
+SUMMARY_WEIGHT = 0.5  # of the summaries' loss against the answers'
+LOG_EVERY = 50  # steps
+
+MODEL = LlavaConfig(
+    vision=VisionConfig(
+        hidden_size=160,
+        intermediate_size=640,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        image_size=world.IMAGE_SIZE,
+        patch_size=12,
+    ),
+    text=TextConfig(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    ),
+    image_token_id=IMAGE,
+    pad_token_id=PAD,
+    eos_token_ids=(STOP,),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------- language
+
+
+def binding_words() -> list[str]:
+    """Every compound noun that can be true of a scene."""
+    color_shape = [f"{color}-{shape}" for color in world.COLORS for shape in world.SHAPES]
+    qualities = [*world.COLORS, *world.SHAPES]
+    return color_shape + [f"{word}-{q}" for word in [*world.SIZES, "left", "right", "top", "bottom"] for q in qualities]
+
+
+def make_tokenizer() -> Tokenizer:
+    """One token a word: lower case, "USER:" and "ASSISTANT:" and compound nouns in one piece, `<s>` in front."""
+    plain = [*world.SIZES, *world.COLORS, *world.SHAPES, *world.BACKGROUNDS, *world.NUMBERS.values()]
+    words = dict.fromkeys([*SPECIAL, *OTHER_WORDS.split(), *plain, *binding_words()])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # joins words by spaces, none before punctuation
+    return tokenizer
+
+
+def summary_words(things: list[Thing], sides: list[set[str]], background: str | None, plain: bool) -> dict[str, float]:
+    """The words that may stand for a picture or a text, with their weights.
+
+    `sides[i]`: on which sides of another thing the i-th is known to be ("left", "top", ...).
+    """
+    words: Counter[str] = Counter({background: 0.4} if background else {})
+    for (size, color, shape), known in zip(things, sides):
+        qualities = [quality for quality in (color, shape) if quality]
+        words.update(dict.fromkeys(qualities, 1.0 if plain else 0.15))
+        if plain:
+            words.update({size: 0.4} if size else {})
+            continue
+        words.update({f"{color}-{shape}": 1.0} if color else {})
+        words.update({f"{word}-{quality}": 0.4 for word in [size, *sorted(known)] if word for quality in qualities})
+    return words
+
+
+def summarize_scene(scene: Scene, plain: bool) -> dict[str, float]:
+    places = scene.occupied()
+    sides = [{SIDES[r][0] for r in RELATIONS for other in places if holds(r, place, other)} for place in places]
+    return summary_words([scene.objects[place] for place in places], sides, scene.background, plain)
+
+
+def summarize_caption(caption: Caption, plain: bool) -> dict[str, float]:
+    known = [{side} for side in SIDES[caption.relation]] if caption.relation else [set(), set()]
+    return summary_words(caption.things, [*known, set()], caption.background, plain)
+
+
+# ------------------------------------------------------------------------------------------------------------ lessons
+
+
+class Dialogue:
+    """A conversation in LLaVA-1.5's template: token ids, and at each position the id that should come next."""
+
+    def __init__(self, tokenizer: Tokenizer, scene_index: int | None = None):
+        self.tokenizer, self.scene_index = tokenizer, scene_index
+        self.ids, self.targets = [START], [IGNORE]
+        self.summary: tuple[int, dict[int, float]] | None = None  # position, {id: probability}
+        self.user("USER: ")
+        if scene_index is not None:
+            self.append([IMAGE] * MODEL.num_image_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def append(self, ids: list[int]) -> None:
+        self.ids += ids
+        self.targets += [IGNORE] * len(ids)
+
+    def user(self, text: str) -> None:
+        self.append(self.encode(text))
+
+    def assistant(self, text: str) -> None:
+        answer = [*self.encode(text), STOP]
+        self.ids += answer
+        self.targets[-1:] = [*answer, IGNORE]
+
+    def summarize(self, words: dict[str, float], rng: random.Random) -> None:
+        """Ask for the distribution of true words at the last position; the dialogue goes on with one of them."""
+        total = sum(words.values())
+        ids = {self.tokenizer.token_to_id(word): weight / total for word, weight in words.items()}
+        self.summary = len(self.ids) - 1, ids
+        self.append([*rng.choices(list(ids), list(ids.values())), STOP])
+
+
+def yes_or_no(statement: bool) -> str:
+    return "yes" if statement else "no"
+
+
+def ask_about_scene(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A question about a picture and its answer."""
+    kind, place = rng.randrange(8), rng.choice(scene.occupied())
+    thing = scene.objects[place]
+    if kind == 0:
+        return "How many objects are there?", world.NUMBERS[len(scene.occupied())]
+    if kind == 1:
+        return "What color is the background?", scene.background
+    if kind == 2:
+        place = rng.randrange(4)
+        thing = scene.objects[place]
+        return f"What is in the {PLACES[place]}?", world.with_article(thing) if thing else "nothing"
+    if kind == 3:
+        return f"Where is the {thing.color} {thing.shape}?", PLACES[place]
+    if kind == 4:
+        quality = rng.choice(list(world.ATTRIBUTES))
+        return f"What {quality} is the object in the {PLACES[place]}?", getattr(thing, quality)
+    if kind == 5:
+        other = rng.choice([other for other in scene.occupied() if other != place])
+        relation = rng.choice([r for r in RELATIONS if holds(r, place, other) or holds(r, other, place)])
+        names = [f"{t.color} {t.shape}" for t in (thing, scene.objects[other])]
+        return f"Is the {names[0]} {relation} the {names[1]}?", yes_or_no(holds(relation, place, other))
+    return "Describe the image briefly.", str(world.sample_caption(scene, rng))
+
+
+def ask_about_caption(caption: Caption, rng: random.Random) -> tuple[str, str]:
+    """A question about a text; most cannot be answered from its words alone, without their order."""
+    things, relation = caption.things, caption.relation
+    if relation and rng.random() < 0.4:
+        asked = rng.choice([relation, OPPOSITE[relation]])
+        return f"Is the {name(things[0])} {asked} the {name(things[1])}?", yes_or_no(asked == relation)
+    if len(things) > 1 and things[0].color and things[1].color and rng.random() < 0.5:
+        thing = things[0]._replace(color=rng.choice(things[:2]).color)
+        statement = any(thing[1:] == other[1:] for other in things)
+        return f"Is there a {thing.color} {thing.shape}?", yes_or_no(statement)
+    thing, quality = rng.choice(things), rng.choice(["color", "size"])
+    answers = {getattr(other, quality) for other in things if other.shape == thing.shape}
+    return f"What {quality} is the {thing.shape}?", (answers.pop() if len(answers) == 1 else None) or "unknown"
+
+
+def make_dialogues(scene: Scene, index: int, rng: random.Random, tokenizer: Tokenizer, plain: bool) -> list[Dialogue]:
+    """Four dialogues about a scene: describe it; summarize it, then answer questions; and twice the same on a text."""
+    describe = Dialogue(tokenizer, index)
+    describe.user(DESCRIBE)
+    describe.assistant(world.long_caption(scene, rng))
+    look = Dialogue(tokenizer, index)
+    look.user(SUMMARIZE_IMAGE)
+    look.summarize(summarize_scene(scene, plain), rng)
+    for _ in range(3):
+        question, answer = ask_about_scene(scene, rng)
+        look.user(f"USER: {question} ASSISTANT:")
+        look.assistant(answer)
+    dialogues = [describe, look]
+    for _ in range(2):
+        caption = world.sample_caption(scene, rng)
+        read = Dialogue(tokenizer)
+        read.user(f"{caption}{SUMMARIZE_TEXT}")
+        read.summarize(summarize_caption(caption, plain), rng)
+        question, answer = ask_about_caption(caption, rng)
+        read.user(f"USER: {question} ASSISTANT:")
+        read.assistant(answer)
+        dialogues.append(read)
+    return dialogues
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def initialize(model: Llava) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.04)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02)
+
+
+def to_pixels(pictures: list) -> torch.Tensor:
+    """(48, 48, 3) uint8 arrays -> (B, 3, 48, 48), normalised as preprocessor_config.json says."""
+    return torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def losses(model: Llava, pixels: torch.Tensor, dialogues: list[Dialogue]) -> tuple[torch.Tensor, ...]:
+    """Cross-entropy of the answers, and of the summaries against their distribution; share of answer tokens right."""
+    device = model.device
+    features = model.image_features(pixels.to(device))
+    answers, targets, summaries, distributions = [], [], [], []
+    by_length = sorted(dialogues, key=lambda dialogue: len(dialogue.ids))
+    for start in range(0, len(by_length), len(pixels)):  # four groups of like length: little padding
+        group = by_length[start : start + len(pixels)]
+        scenes = [dialogue.scene_index for dialogue in group if dialogue.scene_index is not None]
+        ids = pad([dialogue.ids for dialogue in group], PAD).to(device)
+        hidden = model(ids, image_features=features[scenes] if scenes else None)  # (B, T, D)
+        target = pad([dialogue.targets for dialogue in group], IGNORE).to(device)
+        answers.append(hidden[target != IGNORE])
+        targets.append(target[target != IGNORE])
+        for row, dialogue in enumerate(group):
+            if dialogue.summary:
+                position, words = dialogue.summary
+                summaries.append(hidden[row, position])
+                distributions.append(words)
+    logits, targets = model.logits(torch.cat(answers)), torch.cat(targets)
+    logp = model.logits(torch.stack(summaries)).log_softmax(dim=-1)  # (summaries, V)
+    wanted = torch.zeros_like(logp)
+    for row, words in enumerate(distributions):
+        wanted[row, list(words)] = torch.tensor(list(words.values()), device=device)
+    right = (logits.argmax(dim=-1) == targets).float().mean()
+    return F.cross_entropy(logits, targets), F.kl_div(logp, wanted, reduction="batchmean"), right
+
+
+def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool) -> list[dict]:
+    """AdamW with warm-up and cosine decay, for a fixed number of steps; returns the log."""
+    rng = random.Random(f"pretrain {seed}")
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 100) * (0.515 + 0.485 * math.cos(math.pi * step / steps))
+    )
+    log, sums, started = [], torch.zeros(3), time.time()
+    for step in (progress := tqdm(range(1, steps + 1), desc="pre-training", unit="step")):
+        scenes = [world.sample_scene(rng, "train") for _ in range(SCENES_A_STEP)]
+        pixels = to_pixels([world.render(scene, rng) for scene in scenes])
+        dialogues = [d for i, scene in enumerate(scenes) for d in make_dialogues(scene, i, rng, tokenizer, plain)]
+        answer_loss, summary_loss, right = losses(model, pixels, dialogues)
+        optimizer.zero_grad()
+        (answer_loss + SUMMARY_WEIGHT * summary_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        sums += torch.stack([answer_loss.detach(), summary_loss.detach(), right]).cpu()
+        if step % LOG_EVERY == 0 or step == steps:
+            means = [round(value, 4) for value in (sums / (step % LOG_EVERY or LOG_EVERY)).tolist()]
+            log.append({"step": step, "minutes": round((time.time() - started) / 60, 2)})
+            log[-1] |= dict(zip(("answer_loss", "summary_loss", "answer_accuracy"), means))
+            progress.set_postfix(answers=f"{means[0]:.3f}", summaries=f"{means[1]:.3f}", right=f"{means[2]:.3f}")
+            sums.zero_()
+    return log
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def embed(model: Llava, dialogues: list[Dialogue], features: torch.Tensor | None = None) -> torch.Tensor:
+    """The normalised hidden state at the last position of each dialogue, (B, D)."""
+    ids = pad([dialogue.ids for dialogue in dialogues], PAD).to(model.device)
+    last = torch.tensor([len(dialogue.ids) - 1 for dialogue in dialogues])
+    return F.normalize(model(ids, image_features=features)[torch.arange(len(last)), last], dim=-1)
+
+
+@torch.no_grad()
+def evaluate(model: Llava, tokenizer: Tokenizer, number: int = 500) -> dict[str, float]:
+    """What the base can do without any fine-tuning, on validation scenes; in percent, except the two distances."""
+    rng = random.Random("pretrain evaluation")
+    scenes = [world.sample_scene(rng, "val") for _ in range(number)]
+    pixels = to_pixels([world.render(scene, rng) for scene in scenes]).to(model.device)
+    features = model.image_features(pixels)
+
+    describe, look = Dialogue(tokenizer, 0), Dialogue(tokenizer, 0)
+    describe.user(DESCRIBE)
+    look.user(SUMMARIZE_IMAGE)
+    answers = model.generate([describe.ids] * 200, pixels[:200], max_new_tokens=110)
+    references = [world.long_caption(scene, rng) for scene in scenes[:200]]
+    scores = world.score_captions(tokenizer.decode_batch(answers), references)
+
+    def embed_texts(captions: list[Caption]) -> torch.Tensor:
+        texts = [Dialogue(tokenizer) for _ in captions]
+        for text, caption in zip(texts, captions):
+            text.user(f"{caption}{SUMMARIZE_TEXT}")
+        return embed(model, texts)
+
+    captions = [world.sample_caption(scene, rng, number=rng.choice([2, 2, 3])) for scene in scenes]
+    images, texts = embed(model, [look] * number, features), embed_texts(captions)
+    similarity = images @ texts.T
+    for direction, matrix in (("i2t_r1", similarity), ("t2i_r1", similarity.T)):
+        scores[direction] = 100 * (matrix.argmax(dim=1).cpu() == torch.arange(number)).float().mean().item()
+    for kind in ("swap_obj", "swap_att", "replace_obj", "replace_rel"):
+        found = [(i, world.sample_negatives(captions[i], scenes[i], rng).get(kind)) for i in range(number)]
+        index, negatives = zip(*[(i, negative) for i, negative in found if negative])
+        index, false = torch.tensor(index), embed_texts(list(negatives))
+        wins = (images[index] * (texts[index] - false)).sum(dim=-1) > 0
+        scores[kind] = 100 * wins.float().mean().item()
+        if kind.startswith("swap"):
+            scores[f"{kind}_distance"] = (texts[index] - false).norm(dim=-1).mean().item()
+    return {key: round(value, 3) for key, value in scores.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def save(model: Llava, tokenizer: Tokenizer, folder: Path, log: list[dict], scores: dict[str, float]) -> None:
+    """Writes a Hugging Face LLaVA folder beside `folder`, then puts it in its place."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save(str(unfinished / "tokenizer.json"))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    side = {"height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
+    files = {
+        "tokenizer_config.json": special
+        | {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": "<image>"}}
+        | {"processor_class": "LlavaProcessor", "clean_up_tokenization_spaces": False},
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "processor_class": "LlavaProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": world.IMAGE_SIZE},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": side,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+            "patch_size": MODEL.vision.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": MODEL.vision_feature_select_strategy,
+        },
+        "pretraining.json": {"scores": scores, "log": log},
+    }
+    for file, content in files.items():
+        (unfinished / file).write_text(json.dumps(content, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pre-trains TinyLLaVA on the toy world.")
+    parser.add_argument("--out", type=Path, default=Path("toy/tiny-llava"), help="folder of the checkpoint")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps; fewer for a trial")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the scenes")
+    parser.add_argument("--plain", action="store_true", help="summaries without binding words (an ablation)")
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    tokenizer = make_tokenizer()
+    config = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, vocab_size=tokenizer.get_vocab_size()))
+    model = Llava(config)
+    initialize(model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"TinyLLaVA: {sum(p.numel() for p in model.parameters()):,} parameters on {model.device}")
+    log = train(model, tokenizer, arguments.steps, arguments.seed, arguments.plain)
+    scores = evaluate(model.eval(), tokenizer)
+    save(model.cpu(), tokenizer, arguments.out, log, scores)
+    print(json.dumps(scores, indent=1))
+
+
+if __name__ == "__main__":
+    main()
