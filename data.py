@@ -19,11 +19,13 @@ Axes: B batch, T tokens.
 """
 
 import json
+import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +66,7 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text
 
 
 class TextTokenizer:
@@ -139,12 +140,20 @@ class Layout:
                 raise DataError(f"tokenizer.json has no special token {token}; it is not the tokenizer of a LLaVA")
         self.image_id = tokenizer.special_ids["<image>"]
         self.stop_id = tokenizer.special_ids[self.template.stop]
-        self.image_prompt, self.text_prompt = (self.prompt(text) for text in (image_prompt, text_prompt))
+        self.prompt_texts = image_prompt, text_prompt
+        self.image_prompt, self.text_prompt = (self.prompt(text) for text in self.prompt_texts)
         self.prompt_ids = self.image_prompt + self.text_prompt
         if soft_start is not None:
             soft = list(range(soft_start, soft_start + len(self.prompt_ids)))
             self.image_prompt, self.text_prompt = soft[: len(self.image_prompt)], soft[len(self.image_prompt) :]
         self.image_prefix = tokenizer.begin + self.fill(self.template.user + "<image>")
+
+    def with_soft_prompts(self, soft_start: int) -> "Layout":
+        return Layout(self.tokenizer, self.num_image_tokens, *self.prompt_texts, soft_start)
+
+    def with_image_prompt(self, text: str) -> "Layout":
+        """The same with another prompt behind the image, hand-written."""
+        return Layout(self.tokenizer, self.num_image_tokens, text, self.prompt_texts[1])
 
     def fill(self, template: str, text: str = "") -> list[int]:
         """Ids of a template with {text} filled in. Special tokens count in the template, never in the text."""
@@ -184,8 +193,7 @@ class Layout:
         return self.fill(self.template.end + self.template.user + "{text}" + self.template.assistant, text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
+# ---- Images
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -292,3 +300,283 @@ class ImageProcessor:
             top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
             pixels = pixels[top : top + self.crop[0], left : left + self.crop[1]]
         return torch.from_numpy(np.stack([self.table[c][pixels[..., c]] for c in range(3)]))
+
+
+# ---- Training data
+
+
+@dataclass
+class Sample:
+    """One record, read: an image and one caption of each kind, where there is one."""
+
+    pixel_values: torch.Tensor  # (3, height, width) fp32
+    short: str | None  # for the contrastive loss
+    long: list[int] | None  # ids, for the autoregressive loss
+
+
+@dataclass
+class Chunk:
+    """Sequences of similar length, padded on the right."""
+
+    input_ids: torch.Tensor  # (b, T) int64
+    summary: torch.Tensor  # (b,) the position whose hidden state is the embedding
+    pair: torch.Tensor  # (b,) the sequence's place among the pairs of the contrastive loss, -1 if it has none
+    labels: torch.Tensor | None = None  # (b, T) the NEXT token, IGNORE outside of long captions; images only
+    pixel_values: torch.Tensor | None = None  # (b, 3, height, width); images only
+
+    def to(self, device) -> "Chunk":
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if v is not None}
+        return Chunk(**moved)
+
+
+@dataclass
+class Batch:
+    """One optimiser step's data, as chunks small enough for one forward pass each."""
+
+    images: list[Chunk]
+    texts: list[Chunk]
+    num_pairs: int
+    num_tokens: int  # supervised by the autoregressive loss, in all chunks together
+    skipped: list[str]  # why records of this batch could not be used
+
+
+class CaptionDataset(Dataset):
+    """A JSONL file of captioned images (see the top of this file). Lines are read when they are needed.
+
+    Items are asked for as (record, draw): `draw` picks among a record's captions, so that the same pair always gives
+    the same Sample. What cannot be read comes back as a sentence that says why.
+
+    Args:
+        contrast: which captions feed the contrastive loss; "long" is for showing why it must be "short".
+    Raises:
+        DataError: when a file has no usable record, or more than `tolerance` of its lines are faulty.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        layout: Layout,
+        processor: ImageProcessor,
+        image_root: str | Path | None = None,
+        contrast: str = "short",
+        tolerance: float = 0.01,
+    ):
+        self.path, self.layout, self.processor, self.contrast = Path(path), layout, processor, contrast
+        self.root = Path(image_root) if image_root else self.path.parent
+        offsets, groups, self.faults = [], {}, Counter()
+        self.units: list[int] = []  # records of one unit come in the same batch
+        first_fault = ""
+        for number, (offset, line) in enumerate(self.lines(), 1):
+            try:
+                group = parse_record(line).get("group")
+            except DataError as error:
+                self.faults[str(error)] += 1
+                first_fault = first_fault or f"line {number}: {error}"
+                continue
+            unit = len(groups)
+            self.units.append(groups.setdefault(("group", group) if group is not None else unit, unit))
+            offsets.append(offset)
+        self.offsets = np.array(offsets, np.int64)
+        faulty = sum(self.faults.values())
+        if not offsets or faulty > tolerance * (faulty + len(offsets)):
+            counts = "; ".join(f"{count} x {reason}" for reason, count in self.faults.most_common(5))
+            raise DataError(
+                f"{path}: {faulty} of {faulty + len(offsets)} lines cannot be used, {first_fault} ({counts})"
+            )
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        try:
+            with open(self.path, "rb") as file:
+                offset = 0
+                for line in tqdm(file, desc=f"reading {self.path.name}", unit=" lines", delay=2, leave=False):
+                    if line.strip():
+                        yield offset, line
+                    offset += len(line)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def record(self, index: int) -> dict:
+        """{"image", "short", "long", ...} as it stands in the file."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[index])
+            return parse_record(file.readline())
+
+    def captions(self, record: dict) -> tuple[list[str], list[list[int]]]:
+        """All captions of a record by their length: short ones as text, long ones as ids of at most LONGEST tokens."""
+        short, long = [], []
+        for text in record["short"] + record["long"]:
+            ids = self.layout.tokenizer.encode(text.strip())
+            if len(ids) >= LONG:
+                long.append(ids if len(ids) <= LONGEST else cut_at_sentence(text.strip(), self.layout.tokenizer))
+            elif ids:
+                short.append(text)
+        return short, long
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | str:
+        index, draw = key
+        try:
+            record = self.record(index)
+            short, long = self.captions(record)
+            long_ids = long[draw % len(long)] if long else None
+            if self.contrast == "long":
+                short = [self.layout.tokenizer.decode(long_ids)] if long else []
+            if not short and not long:
+                raise DataError("no caption is left")
+            pixels = self.processor(open_image(inside(self.root, record["image"])))
+            return Sample(pixels, short[draw % len(short)] if short else None, long_ids)
+        except DataError as error:
+            return f"{self.path.name}, record {index}: {error}"
+
+
+def parse_record(line: bytes) -> dict:
+    """One line of the training data, checked, with both lists of captions present."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise DataError("not JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+        raise DataError('no "image" with the path of a picture')
+    record = {"short": [], "long": []} | record
+    for key in ("short", "long"):
+        if not isinstance(record[key], list) or not all(isinstance(text, str) for text in record[key]):
+            raise DataError(f'"{key}" is not a list of captions')
+    if not any(text.strip() for text in record["short"] + record["long"]):
+        raise DataError("no caption")
+    if not isinstance(record.get("group"), str | int | None):
+        raise DataError('"group" is neither a string nor a number')
+    return record
+
+
+def cut_at_sentence(text: str, tokenizer: TextTokenizer) -> list[int]:
+    """The ids of as many whole sentences as fit LONGEST tokens (or of one cut sentence, where the first is longer)."""
+    ids = tokenizer.encode(text)[:LONGEST]
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", text)]
+    for end in reversed(ends):
+        whole = tokenizer.encode(text[:end])
+        if LONG <= len(whole) <= LONGEST:
+            return whole
+    return ids
+
+
+class ResumableSampler(Sampler):
+    """Batches of (record, draw) for `CaptionDataset`: a function of the seed and the step, so any step can be resumed.
+
+    Every epoch is a new permutation; the records of one unit stay neighbours. An epoch's last records that do not fill
+    a batch wait for the next permutation.
+    """
+
+    def __init__(self, units: list[int], batch_size: int, steps: int, seed: int = 0, first_step: int = 0):
+        if len(units) < batch_size:
+            raise DataError(f"{len(units)} usable records do not fill a batch of {batch_size}; lower the batch size")
+        self.units, self.batch_size, self.seed = np.asarray(units), batch_size, seed
+        self.first_step, self.steps = first_step, steps
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the records in an epoch, and the draw of each place in it."""
+        random = np.random.default_rng([self.seed, number])
+        rank = random.permutation(self.units.max() + 1)[self.units]
+        return np.argsort(rank, kind="stable"), random.integers(2**31, size=len(self.units))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch, loaded = len(self.units) // self.batch_size, None
+        for step in range(self.first_step, self.steps):
+            number, place = divmod(step, per_epoch)
+            if number != loaded:
+                (order, draws), loaded = self.epoch(number), number
+            part = slice(place * self.batch_size, (place + 1) * self.batch_size)
+            yield list(zip(order[part].tolist(), draws[part].tolist()))
+
+
+def collate(samples: list[Sample | str], layout: Layout, micro_batch: int, caption_share: float = 1.0) -> Batch:
+    """Lay samples out as sequences, sort them by length, pad them on the right, `micro_batch` at a time.
+
+    `caption_share` is the share of the images whose long caption is trained on: the first ones that have one.
+    """
+    good = [sample for sample in samples if isinstance(sample, Sample)]
+    supervised = math.ceil(caption_share * len(good))
+    images, texts, num_pairs, num_tokens = [], [], 0, 0
+    for sample in good:
+        caption = sample.long if supervised > 0 else None
+        supervised -= caption is not None
+        pair = -1
+        if sample.short is not None:
+            pair, num_pairs = num_pairs, num_pairs + 1
+            texts.append((layout.text_side(sample.short), pair, None))
+        if pair >= 0 or caption:
+            images.append((layout.image_side(caption), pair, sample.pixel_values))
+            num_tokens += len(caption) + 1 if caption else 0
+
+    def chunks(sequences) -> Iterator[Chunk]:
+        sequences = sorted(sequences, key=lambda sequence: len(sequence[0]))
+        for first in range(0, len(sequences), micro_batch):
+            ids, pairs, pixels = zip(*sequences[first : first + micro_batch])
+            padded = [torch.tensor(row) for row in ids]
+            input_ids = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
+            lengths = torch.tensor([len(row) for row in ids])
+            if pixels[0] is None:
+                yield Chunk(input_ids, lengths - 1, torch.tensor(pairs))
+                continue
+            position = torch.arange(input_ids.shape[1])
+            # Position t predicts token t + 1: from the summary position on (it predicts the caption's first token) ...
+            predicts = (position >= layout.image_summary) & (position < lengths[:, None] - 1)
+            labels = input_ids.roll(-1, dims=1).masked_fill(~predicts, IGNORE)
+            summary = torch.full_like(lengths, layout.image_summary)
+            yield Chunk(input_ids, summary, torch.tensor(pairs), labels, torch.stack(pixels))
+
+    skipped = [sample for sample in samples if isinstance(sample, str)]
+    return Batch(list(chunks(images)), list(chunks(texts)), num_pairs, num_tokens, skipped)
+
+
+# ---- Test sets, in the formats that their authors publish
+
+
+@contextmanager
+def fields_of(path: str | Path) -> Iterator[None]:
+    """Turn what a file of another shape runs into, a missing key or a wrong type, into a DataError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not in the expected format ({type(error).__name__}: {error})") from None
+
+
+def read_karpathy(path: str | Path, image_root: str | Path, split: str = "test") -> list[tuple[Path, list[str]]]:
+    """dataset_flickr30k.json, dataset_coco.json -> (image, captions) of one split."""
+    with fields_of(path):
+        images = [image for image in read_json(Path(path))["images"] if image["split"] == split]
+        if not images:
+            raise DataError(f"{path}: no images of split {split!r}")
+        names = [str(Path(image.get("filepath", "")) / image["filename"]) for image in images]
+        captions = [[sentence["raw"].strip() for sentence in image["sentences"]] for image in images]
+    return [(inside(Path(image_root), name), texts) for name, texts in zip(names, captions)]
+
+
+def read_sugarcrepe(path: str | Path, image_root: str | Path, captions: tuple[str, ...]) -> list[dict]:
+    """One file of SugarCrepe (an object keyed by numbers, with gaps) or SugarCrepe++ (a list) -> its items, each with
+    the path of its "image" and the fields named in `captions`."""
+    content = read_json(Path(path), (dict, list))
+    items = list(content.values()) if isinstance(content, dict) else content
+    with fields_of(path):
+        return [
+            {"image": inside(Path(image_root), item["filename"])} | {key: item[key].strip() for key in captions}
+            for item in items
+        ]
+
+
+def read_winoground(path: str | Path, image_root: str | Path) -> list[dict]:
+    """examples.jsonl -> items with "caption_0", "caption_1" and the images of "image_0", "image_1" as paths."""
+    try:
+        items = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    with fields_of(path):
+        return [
+            {key: item[key].strip() for key in ("caption_0", "caption_1")}
+            | {key: inside(Path(image_root), item[key] + ".png") for key in ("image_0", "image_1")}
+            for item in items
+        ]

@@ -1,31 +1,61 @@
-"""Use a model: captions, conversations.
+"""Use and test a model: captions, conversations, embeddings, the paper's tables.
 
     python eval.py caption photo.jpg                          what the picture shows, in the model's words
     python eval.py caption *.jpg --question "What colour is the car?" --model llava-1.5-7b-hf
     python eval.py chat photo.jpg                             a conversation about one picture
+    python eval.py retrieval dataset_flickr30k.json --images flickr30k-images
+    python eval.py sugarcrepe sugar-crepe/data --images val2017
+    python eval.py sugarcrepe++ scpp/data --images val2017
+    python eval.py winoground examples.jsonl --images winoground/images
+    python eval.py captioning captions.jsonl
 
-`--model` is a Hugging Face LLaVA folder. In Python:
+`--model` is a Hugging Face LLaVA folder, or a run of train.py with its adapters (`--no-adapters` for its base model).
+In Python:
 
-    run = load_run("llava-1.5-7b-hf")
-    caption(run, [open_image("photo.jpg")])                   # ["The image shows ..."]
+    run = load_run("runs/toy")
+    images = encode_image(run, [open_image("photo.jpg")])     # (1, D), unit length
+    texts = encode_text(run, ["a red car", "a blue car"])     # (2, D)
+    print(images @ texts.T)                                   # cosine similarities
 
 Axes: B batch, T tokens, D hidden.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import DataError, ImageProcessor, Layout, TextTokenizer, open_image
+from data import (
+    IGNORE,
+    IMAGE_PROMPT,
+    TEXT_PROMPT,
+    CaptionDataset,
+    DataError,
+    ImageProcessor,
+    Layout,
+    TextTokenizer,
+    collate,
+    open_image,
+    read_json,
+    read_karpathy,
+    read_sugarcrepe,
+    read_winoground,
+)
+from lora import AdapterError, adapters, adapters_disabled, load_adapter
 from model import CheckpointError, Llava
 
-TOY_MODEL = Path(__file__).parent / "toy" / "tiny-llava"
+ROOT = Path(__file__).parent
+TOY_MODEL = ROOT / "toy" / "tiny-llava"
 DESCRIBE = "Describe the image in detail."
+USER_ERRORS = (CheckpointError, DataError, AdapterError)
 
 
 @dataclass
@@ -40,6 +70,10 @@ class Run:
     def tokenizer(self) -> TextTokenizer:
         return self.layout.tokenizer
 
+    @property
+    def is_adapted(self) -> bool:
+        return any(module.enabled for module in adapters(self.model).values())
+
     def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
         """RGB images -> (B, 3, height, width) on the model's device."""
         return torch.stack([self.processor(image) for image in images]).to(self.model.device, self.model.dtype)
@@ -52,25 +86,49 @@ def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
     if device.type != "cuda":
         return device, torch.float32
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read a Hugging Face LLaVA folder. Raises CheckpointError or DataError."""
+    """Read a Hugging Face LLaVA folder, or a run folder of train.py: its base model with its newest adapters.
+
+    Raises CheckpointError, DataError or AdapterError.
+    """
     folder = Path(folder)
+    if not (folder / "checkpoints").is_dir():
+        return load_base(folder, device)
+    settings = read_json(folder / "config.json")
+    try:
+        base, prompts = settings["model"], (settings["image_prompt"], settings["text_prompt"])
+        newest = (folder / "checkpoints" / "latest").read_text().strip()
+    except (KeyError, OSError) as error:
+        raise DataError(f"{folder}: not a complete run of train.py ({error})") from None
+    run = load_base(base, device, *prompts)
+    load_adapter(run.model, folder / "checkpoints" / newest, run.layout.image_prompt, run.layout.text_prompt)
+    run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
+    return run
+
+
+def load_base(
+    folder: str | Path, device: str | None, image_prompt: str = IMAGE_PROMPT, text_prompt: str = TEXT_PROMPT
+) -> Run:
+    folder = Path(folder) if Path(folder).is_dir() else ROOT / folder
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give the folder of a Hugging Face LLaVA checkpoint")
+        raise CheckpointError(f"{folder}: no such folder; give a Hugging Face LLaVA folder or a run of train.py")
     where, dtype = pick_device(device)
     model = Llava.from_pretrained(folder, dtype, where)
     tokenizer, processor = TextTokenizer(folder), ImageProcessor.from_pretrained(folder)
-    layout = Layout(tokenizer, model.config.num_image_tokens)
+    layout = Layout(tokenizer, model.config.num_image_tokens, image_prompt, text_prompt)
     if layout.image_id != model.config.image_token_id:
         raise DataError(
-            f"{folder}: <image> is {layout.image_id} in tokenizer.json and {model.config.image_token_id} in config.json; "
-            "the two files belong to different models"
+            f"{folder}: <image> is {layout.image_id} in tokenizer.json, {model.config.image_token_id} in config.json: "
+            "the files belong to different models"
         )
     if processor.size != (model.config.vision.image_size,) * 2:
         raise DataError(
@@ -80,13 +138,175 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
     return Run(model, layout, processor)
 
 
+# ---- Embeddings: the last hidden state at the summary position, at unit length (paper, section 3.1)
+
+
+@torch.no_grad()
+def encode_image(run: Run, images: list[Image.Image], batch_size: int = 64) -> torch.Tensor:
+    """RGB images -> (B, D) fp32 on the CPU, unit length."""
+    ids, embeddings = run.layout.image_side(), []
+    for start in range(0, len(images), batch_size):
+        pixel_values = run.pixel_values(images[start : start + batch_size])
+        input_ids = torch.tensor([ids] * len(pixel_values), device=run.model.device)
+        hidden = run.model(input_ids, pixel_values)  # (b, T, D), all of one length
+        embeddings.append(F.normalize(hidden[:, run.layout.image_summary].float(), dim=-1).cpu())
+    return torch.cat(embeddings)
+
+
+@torch.no_grad()
+def encode_text(run: Run, texts: list[str], batch_size: int = 256) -> torch.Tensor:
+    """Texts -> (B, D) fp32 on the CPU, unit length."""
+    rows = [run.layout.text_side(text) for text in texts]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
+    embeddings = torch.empty(len(rows), run.model.config.text.hidden_size)
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        padded = [torch.tensor(rows[index], device=run.model.device) for index in chosen]
+        last = torch.tensor([len(rows[index]) - 1 for index in chosen], device=run.model.device)
+        hidden = run.model(torch.nn.utils.rnn.pad_sequence(padded, batch_first=True))
+        summary = hidden[torch.arange(len(chosen), device=run.model.device), last]
+        embeddings[chosen] = F.normalize(summary.float(), dim=-1).cpu()
+    return embeddings
+
+
+class Embeddings:
+    """Embeddings of files and captions, each distinct one computed once."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.known: dict[Path | str, torch.Tensor] = {}
+
+    def images(self, paths: list[Path]) -> torch.Tensor:
+        return self.look_up(paths, 64, "pictures", lambda part: encode_image(self.run, [open_image(p) for p in part]))
+
+    def texts(self, captions: list[str]) -> torch.Tensor:
+        return self.look_up(captions, 2048, "captions", lambda part: encode_text(self.run, part))
+
+    def look_up(self, keys: list, size: int, name: str, encode: Callable[[list], torch.Tensor]) -> torch.Tensor:
+        new = list(dict.fromkeys(key for key in keys if key not in self.known))
+        for start in tqdm(range(0, len(new), size), desc=f"embedding {len(new)} {name}", delay=2, leave=False):
+            part = new[start : start + size]
+            self.known.update(zip(part, encode(part)))
+        return torch.stack([self.known[key] for key in keys])
+
+
+# ---- Metrics, all in percent. A tie never counts as a success: equal embeddings must not score by luck.
+
+
+def recall_at_k(
+    scores: torch.Tensor, image_of_text: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    """Retrieval in both directions; ties are counted against the model.
+
+    Args:
+        scores: (texts, images) similarities.
+        image_of_text: (texts,) the image that each text describes.
+    Returns:
+        "t2i_r1", ...: texts whose image is among the k best of all images; "i2t_r1", ...: images of which at least one
+        text is among the k best of all texts.
+    """
+    own = scores.gather(1, image_of_text[:, None])  # (texts, 1)
+    t2i_rank = (scores >= own).sum(dim=1) - 1
+    is_own = F.one_hot(image_of_text, scores.shape[1]).bool()
+    best_own = scores.masked_fill(~is_own, -torch.inf).amax(dim=0)  # (images,)
+    i2t_rank = ((scores >= best_own) & ~is_own).sum(dim=0)
+    ranks = {"t2i": t2i_rank, "i2t": i2t_rank}
+    return {f"{way}_r{k}": percent(rank < k) for way, rank in ranks.items() for k in ks}
+
+
+def percent(correct: torch.Tensor) -> float:
+    return 100 * correct.double().mean().item()
+
+
+def retrieval(embeddings: Embeddings, items: list[tuple[Path, list[str]]]) -> dict[str, float]:
+    """Flickr30k, COCO: FORMATS of Karpathy's split. `items` are (image, its captions)."""
+    images = embeddings.images([path for path, _ in items])
+    texts = embeddings.texts([text for _, captions in items for text in captions])
+    image_of_text = torch.tensor([index for index, (_, captions) in enumerate(items) for _ in captions])
+    return recall_at_k(texts @ images.T, image_of_text)
+
+
+def sugarcrepe(embeddings: Embeddings, items: list[dict]) -> float:
+    """One file of SugarCrepe (arXiv 2306.14610): the caption must beat its negative, strictly."""
+    images = embeddings.images([item["image"] for item in items])
+    score = {
+        key: (images * embeddings.texts([item[key] for item in items])).sum(-1)
+        for key in ("caption", "negative_caption")
+    }
+    return percent(score["caption"] > score["negative_caption"])
+
+
+def sugarcrepe_pp(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
+    """One file of SugarCrepe++ (arXiv 2406.11171): both captions must beat the negative, for the image (itt), and each
+    other must be nearer to each other than to the negative, by text alone (tot)."""
+    image = embeddings.images([item["image"] for item in items])
+    first, second, negative = (
+        embeddings.texts([item[key] for item in items]) for key in ("caption", "caption2", "negative_caption")
+    )
+    wrong, pair = (image * negative).sum(-1), (first * second).sum(-1)
+    itt = ((image * first).sum(-1) > wrong) & ((image * second).sum(-1) > wrong)
+    tot = (pair > (first * negative).sum(-1)) & (pair > (second * negative).sum(-1))
+    return {"itt": percent(itt), "tot": percent(tot)}
+
+
+def winoground(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
+    """Winoground (arXiv 2204.03162): two images, two captions of the same words; chance is 25, 25 and 16.7."""
+    images = [embeddings.images([item[f"image_{i}"] for item in items]) for i in range(2)]
+    captions = [embeddings.texts([item[f"caption_{i}"] for item in items]) for i in range(2)]
+    s = [[(caption * image).sum(-1) for image in images] for caption in captions]  # s[caption][image]
+    text = (s[0][0] > s[1][0]) & (s[1][1] > s[0][1])
+    image = (s[0][0] > s[0][1]) & (s[1][1] > s[1][0])
+    return {"text": percent(text), "image": percent(image), "group": percent(text & image)}
+
+
+# ---- Captions
+
+
 def caption(
-    run: Run, images: list[Image.Image], question: str = DESCRIBE, max_new_tokens: int = 256, temperature: float = 0.0
+    run: Run,
+    images: list[Image.Image],
+    question: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
 ) -> list[str]:
-    """Answer one question about each image, greedily unless a temperature is given."""
-    prompts = [run.layout.question(question)] * len(images)
-    answers = run.model.generate(prompts, run.pixel_values(images), max_new_tokens, temperature)
+    """Describe each image, or answer one question about each; greedily unless a temperature is given.
+
+    Without a question, an adapted model is asked through the image prompt that it was trained to caption with.
+    """
+    prompt = (
+        run.layout.image_side() if question is None and run.is_adapted else run.layout.question(question or DESCRIBE)
+    )
+    answers = run.model.generate([prompt] * len(images), run.pixel_values(images), max_new_tokens, temperature)
     return [run.tokenizer.decode(answer) for answer in answers]
+
+
+@torch.no_grad()
+def captioning(
+    run: Run, path: Path, images: Path, question: str | None = None, limit: int = 256, score: Callable | None = None
+) -> dict[str, float]:
+    """Share of the long captions' tokens that are the likeliest, given the image and all tokens before.
+
+    `score(generated, references)` may add measures of `limit` greedy captions.
+    """
+    layout = run.layout if question is None and run.is_adapted else run.layout.with_image_prompt(question or DESCRIBE)
+    dataset = CaptionDataset(path, layout, run.processor, images)
+    samples = [dataset[index, 0] for index in range(min(limit, len(dataset)))]
+    batch = collate(samples, layout, micro_batch=32)
+    if batch.skipped or not batch.num_tokens:
+        raise DataError(f"{path}: {(batch.skipped or ['no long captions'])[0]}")
+    right = 0
+    for chunk in batch.images:
+        chunk = chunk.to(run.model.device)
+        hidden = run.model(chunk.input_ids, chunk.pixel_values)
+        known = chunk.labels != IGNORE
+        right += (run.model.logits(hidden[known]).argmax(-1) == chunk.labels[known]).sum().item()
+    result = {"token_accuracy": 100 * right / batch.num_tokens}
+    if score:
+        pixels = torch.stack([sample.pixel_values for sample in samples]).to(run.model.device, run.model.dtype)
+        answers = run.model.generate([layout.image_side()] * len(samples), pixels, max_new_tokens=128)
+        references = [dataset.record(index)["long"][0] for index in range(len(samples))]
+        result |= score([run.tokenizer.decode(answer) for answer in answers], references)
+    return result
 
 
 class Conversation:
@@ -106,22 +326,130 @@ class Conversation:
         return self.run.tokenizer.decode(answer)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Commands
+# ---- A set of tests, and how its results are shown
+
+SUGARCREPE = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+PAPER_TABLE_4 = {  # LLaVA-1.5-7B, 1 M samples: T2I R@1, I2T R@1 (Flickr30k), SugarCrepe replace, swap, add
+    "no training": (59.6, 65.6, 81.9, 59.8, 64.7),
+    "soft prompts": (76.7, 91.7, 86.4, 66.9, 89.3),
+    "LoRA": (79.1, 91.4, 87.0, 69.8, 88.8),
+    "LoRA + soft prompts": (79.6, 92.9, 87.1, 72.0, 88.6),
+    "LoRA + soft prompts + AR": (80.6, 91.8, 89.5, 75.5, 89.5),
+}
 
 
-def caption_command(args) -> None:
-    images = [(path, open_image(path)) for path in args.images]  # all of them first: a wrong path costs no time
-    run = load_run(args.model, args.device)
-    batches = [images[i : i + args.batch] for i in range(0, len(images), args.batch)]
+def evaluate(run: Run, tests: Path, score: Callable | None = None) -> dict[str, dict[str, float]]:
+    """Every test that a tests.json names, on one model. For example:
+
+    {"retrieval": {"file": "karpathy.json", "images": "images", "split": "test"},
+     "sugarcrepe": {"file": "sugar-crepe/data", "images": "val2017"}, "sugarcrepe++": {...},
+     "winoground": {"file": "examples.jsonl", "images": "images"}, "captioning": {"file": "captions.jsonl"}}
+
+    Paths are relative to the file. `score` is `captioning`'s.
+    """
+    embeddings, tables = Embeddings(run), {}
+    for name, settings in read_json(tests).items():
+        if name not in TESTS or not isinstance(settings, dict) or not isinstance(settings.get("file"), str):
+            raise DataError(f'{tests}: {name!r} must be one of {", ".join(TESTS)}, with a "file"')
+        file, images = tests.parent / settings["file"], tests.parent / settings.get("images", ".")
+        if name == "captioning":
+            tables[name] = captioning(run, file, images, score=score)
+            if run.is_adapted:  # and is the plain question still understood?
+                plain = captioning(run, file, images, DESCRIBE, score=score)
+                tables[name] |= {f"describe_{key}": value for key, value in plain.items()}
+        else:
+            tables[name] = TESTS[name](embeddings, file, images, settings.get("split", "test"))
+    return tables
+
+
+def sugarcrepe_files(folder: Path, images: Path) -> Iterator[tuple[str, list[dict]]]:
+    for name in SUGARCREPE:
+        yield name, read_sugarcrepe(folder / f"{name}.json", images, ("caption", "negative_caption"))
+
+
+def sugarcrepe_pp_files(folder: Path, images: Path) -> Iterator[tuple[str, list[dict]]]:
+    for name in SUGARCREPE[:5]:  # there are no add_* files
+        yield name, read_sugarcrepe(folder / f"{name}.json", images, ("caption", "caption2", "negative_caption"))
+
+
+TESTS = {
+    "retrieval": lambda e, file, images, split: retrieval(e, read_karpathy(file, images, split)),
+    "sugarcrepe": lambda e, file, images, _: {
+        name: sugarcrepe(e, items) for name, items in sugarcrepe_files(file, images)
+    },
+    "sugarcrepe++": lambda e, file, images, _: {
+        f"{name}_{test}": value
+        for name, items in sugarcrepe_pp_files(file, images)
+        for test, value in sugarcrepe_pp(e, items).items()
+    },
+    "winoground": lambda e, file, images, _: winoground(e, read_winoground(file, images)),
+    "captioning": None,
+}
+
+
+def summary(tables: dict) -> dict[str, float]:
+    """The columns of the printed table, as far as they were measured."""
+    r, s, w, c = (tables.get(name, {}) for name in ("retrieval", "sugarcrepe", "winoground", "captioning"))
+    columns = {
+        "T2I@1": r.get("t2i_r1"),
+        "T2I@10": r.get("t2i_r10"),
+        "I2T@1": r.get("i2t_r1"),
+        "I2T@10": r.get("i2t_r10"),
+    }
+    for group in ("replace", "swap", "add"):
+        values = [value for name, value in s.items() if name.startswith(group)]
+        columns[group] = sum(values) / len(values) if values else None
+    columns |= {f"wino {key}": w.get(key) for key in ("text", "image", "group")}
+    columns |= {"tokens": c.get("token_accuracy"), "attributes": c.get("attributes"), "objects": c.get("objects")}
+    return {name: value for name, value in columns.items() if value is not None}
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """Rows of `summary` under each other."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    width = max(map(len, rows))
+    print(" " * width, *(f"{name:>{max(6, len(name))}}" for name in columns))
+    for label, row in rows.items():
+        cells = (f"{row[name]:{'+' if label == 'difference' else ''}.1f}" if name in row else "-" for name in columns)
+        print(f"{label:<{width}}", *(f"{cell:>{max(6, len(name))}}" for cell, name in zip(cells, columns)))
+
+
+def paper_rows() -> dict[str, dict[str, float]]:
+    columns = ("T2I@1", "I2T@1", "replace", "swap", "add")
+    return {f"paper: {name}": dict(zip(columns, row)) for name, row in PAPER_TABLE_4.items()}
+
+
+def gallery(path: Path, rows: list[tuple[str, list[tuple[Path, bool]]]], size: int = 96) -> None:
+    """A PNG: each row a query and the pictures found for it, the right ones framed in green."""
+    font, left, columns = ImageFont.load_default(13), 330, max(len(found) for _, found in rows)
+    sheet = Image.new("RGB", (left + columns * (size + 12), len(rows) * (size + 12) + 6), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (query, found) in enumerate(rows):
+        top, lines = row * (size + 12) + 6, [""]
+        for word in query.split():
+            longer = f"{lines[-1]} {word}".strip()
+            lines = [*lines[:-1], longer] if draw.textlength(longer, font) < left - 20 else [*lines, word]
+        draw.multiline_text((8, top + 4), "\n".join(lines), fill="black", font=font)
+        for column, (image, right) in enumerate(found):
+            x = left + column * (size + 12)
+            draw.rectangle((x - 4, top - 4, x + size + 3, top + size + 3), fill="limegreen" if right else "white")
+            sheet.paste(open_image(image).resize((size, size)), (x, top))
+    sheet.save(path)
+
+
+# ---- Commands
+
+
+def caption_command(run: Run, args) -> None:
+    batches = [args.images[i : i + args.batch] for i in range(0, len(args.images), args.batch)]
     for batch in tqdm(batches, desc="captions", disable=len(batches) < 2):
-        answers = caption(run, [image for _, image in batch], args.question, args.max_new_tokens, args.temperature)
-        for (path, _), answer in zip(batch, answers):
+        images = [open_image(path) for path in batch]
+        for path, answer in zip(batch, caption(run, images, args.question, args.max_new_tokens, args.temperature)):
             tqdm.write(f"{path}: {answer}")
 
 
-def chat_command(args) -> None:
-    conversation = Conversation(load_run(args.model, args.device), open_image(args.image), args.max_new_tokens)
+def chat_command(run: Run, args) -> None:
+    conversation = Conversation(run, open_image(args.image), args.max_new_tokens)
     print(f"Ask about {args.image}; an empty line ends.")
     while True:
         try:
@@ -133,32 +461,64 @@ def chat_command(args) -> None:
         print(conversation.ask(question))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def test_command(run: Run, args) -> None:
+    file = Path(args.file)
+    images = Path(args.images) if args.images else file if file.is_dir() else file.parent
+    if args.command == "captioning":
+        result = captioning(run, file, images, args.question)
+    else:
+        result = TESTS[args.command](Embeddings(run), file, images, getattr(args, "split", "test"))
+    for name, value in result.items():
+        print(f"{name:>20} {value:6.2f}")
+    columns = summary({args.command: result})
+    print_table({"this model": columns} | {k: v for k, v in paper_rows().items() if v.keys() & columns.keys()})
+    if args.json:
+        Path(args.json).write_text(json.dumps({args.command: result}, indent=2) + "\n")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\nAxes")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, function, help: str) -> argparse.ArgumentParser:
+    def add(name: str, function: Callable, help: str) -> Callable:
         command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(function=function)
-        command.add_argument("--model", default=TOY_MODEL, metavar="DIR", help="LLaVA folder (default: toy/tiny-llava)")
+        command.add_argument("--model", default=TOY_MODEL, metavar="DIR", help="LLaVA folder or run (toy/tiny-llava)")
+        command.add_argument("--no-adapters", action="store_true", help="use a run's base model, without its adapters")
         command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one here)")
-        command.add_argument("--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
-        return command
+        return command.add_argument
 
-    command = add("caption", caption_command, "describe pictures, or answer one question about each")
-    command.add_argument("images", nargs="+", metavar="IMAGE")
-    command.add_argument("--question", default=DESCRIBE, help=f"what to ask (default: {DESCRIBE!r})")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default), above samples")
-    command.add_argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time (8)")
-    add("chat", chat_command, "talk about a picture").add_argument("image", metavar="IMAGE")
-
-    args = parser.parse_args(arguments)
-    try:
-        args.function(args)
-    except (CheckpointError, DataError) as error:
-        sys.exit(f"error: {error}")
+    argument = add("caption", caption_command, "describe pictures, or answer one question about each")
+    argument("images", nargs="+", metavar="IMAGE")
+    argument("--question", help=f"what to ask (default: {DESCRIBE!r}, or the prompt that a run was trained with)")
+    argument("--temperature", type=float, default=0.0, help="0 is greedy (default), above samples")
+    argument("--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
+    argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time (8)")
+    argument = add("chat", chat_command, "talk about a picture")
+    argument("image", metavar="IMAGE")
+    argument("--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
+    for name, file, help in (
+        (
+            "retrieval",
+            "JSON",
+            "Flickr30k or COCO, Karpathy's JSON: R@1, 5, 10 in both directions, ties count as misses",
+        ),
+        ("sugarcrepe", "FOLDER", "SugarCrepe's seven files: the caption must beat its negative, strictly"),
+        ("sugarcrepe++", "FOLDER", "SugarCrepe++'s five files: ITT and TOT"),
+        ("winoground", "JSONL", "Winoground's examples.jsonl: text, image and group score"),
+        ("captioning", "JSONL", "our training format: share of the long captions' tokens predicted right"),
+    ):
+        argument = add(name, test_command, help)
+        argument("file", metavar=file)
+        argument("--images", metavar="DIR", help="where the pictures are (default: beside the file)")
+        argument("--json", metavar="FILE", help="write the numbers here as well")
+        if name == "retrieval":
+            argument("--split", default="test", help="Karpathy's split (test)")
+        if name == "captioning":
+            argument("--question", help="what to ask, as for caption")
+    return parser.parse_args(arguments)
 
 
 def positive(text: str) -> int:
@@ -166,6 +526,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    try:
+        run = load_run(args.model, args.device)
+        with adapters_disabled(run.model) if args.no_adapters else nullcontext():
+            args.function(run, args)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

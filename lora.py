@@ -252,8 +252,8 @@ def read_lora_config(path: Path) -> LoRAConfig:
 
 def lora_name(stored: str) -> str:
     """PEFT's names, with transformers' old or new module paths, bare language models included -> ours."""
-    pattern = r"base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?(layers\.\d+\.\w+\.\w+\.lora_[AB])(?:\.default)?\.weight"
-    match = re.fullmatch(pattern, stored)
+    path = r"base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?(layers\.\d+\.\w+\.\w+\.lora_[AB])"
+    match = re.fullmatch(path + r"(?:\.default)?\.weight", stored)
     return f"language_model.{match[1]}.weight" if match else stored
 
 

@@ -474,8 +474,8 @@ class Llava(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device: torch.device | str = "cpu") -> "Llava":
-        """Read a Hugging Face LLaVA folder, tensor by tensor, onto `device`, as `dtype`. Raises CheckpointError, with all
-        missing, unexpected and mis-shaped tensors in one message."""
+        """Read a Hugging Face LLaVA folder, tensor by tensor, onto `device`, as `dtype`. Raises CheckpointError, with
+        all missing, unexpected and mis-shaped tensors in one message."""
         config = LlavaConfig.from_pretrained(folder)
         with torch.device("meta"):  # shapes without memory
             model = cls(config)

@@ -1,23 +1,44 @@
-"""What the tests share: the project on the path, seeds, tiny transformers checkpoints as oracles, optional real files."""
+"""What the tests share: the project on the path, seeds, tiny transformers checkpoints, optional real files."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests may reach for a network
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
-# The sizes of the tiny models. Epsilons are large so that a wrong one shows, 30 is no multiple of 8 as 384 is none of 14.
+# The sizes of the tiny models. The epsilons are large so that a wrong one shows; 8 does not divide 30, as 14 not 384.
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=30)
 VISION |= dict(patch_size=8, layer_norm_eps=0.02)
 TEXT = dict(vocab_size=99, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4)
 TEXT |= dict(num_key_value_heads=2, rms_norm_eps=0.01, max_position_embeddings=512)
 IMAGE_TOKEN = 97
+
+
+def edit_json(path, changes):
+    """Change keys of a JSON file; "section.key" reaches inside, the value `...` removes the key."""
+    content = json.loads(path.read_text())
+    for dotted, value in changes.items():
+        section, _, key = dotted.rpartition(".")
+        place = content[section] if section else content
+        place[key] = value
+        if value is ...:
+            del place[key]
+    path.write_text(json.dumps(content))
+
+
+def edit_weights(folder, change):
+    """Rewrite model.safetensors after `change` has edited its dictionary of tensors."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(autouse=True)

@@ -7,22 +7,21 @@ import dataclasses
 import itertools
 import json
 import math
-import pickle
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IMAGE_TOKEN, PROJECT
+from conftest import IMAGE_TOKEN, PROJECT, edit_json, edit_weights
 from safetensors.torch import load_file, save_file
 
-from model import CheckpointError, Llava, LlavaConfig, TextConfig, VisionConfig, canonical_name, choose_tokens
+from model import CheckpointError, Llava, LlavaConfig, canonical_name, choose_tokens
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 
+HEAD = "language_model.lm_head.weight"  # as transformers 5 writes it
 PAIRS = list(itertools.product(["clip", "siglip"], ["llama", "qwen2"]))
 TOLERANCE = 1e-4  # of logits of size 1 in fp32; what is measured is near 1e-6
 
@@ -51,27 +50,6 @@ def logit_difference(model, reference, **options):
     return (ours - theirs).abs().max().item()
 
 
-def edit_json(path, changes):
-    """Change keys of a JSON file; "section.key" reaches inside, the value `...` removes the key."""
-    content = json.loads(path.read_text())
-    for dotted, value in changes.items():
-        *parents, key = dotted.split(".")
-        section = content
-        for parent in parents:
-            section = section[parent]
-        section.pop(key, None)
-        if value is not ...:
-            section[key] = value
-    path.write_text(json.dumps(content))
-
-
-def edit_weights(folder, change):
-    """Rewrite model.safetensors after `change` has edited its dictionary of tensors."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def our_name(name):
     """A parameter's name in a running transformers model -> in ours."""
     return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
@@ -95,35 +73,30 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("vision, text", PAIRS)
 def test_logits_equal_transformers(make_checkpoint, vision, text, variant):
     """Fp32 logits equal transformers' for every pair of towers under every option of the config."""
-    folder, reference = make_checkpoint(vision, text, **variant)
+    folder, reference = make_checkpoint(vision, text, **VARIANTS[variant])
     assert logit_difference(Llava.from_pretrained(folder), reference) < TOLERANCE
 
 
-@pytest.mark.parametrize("biases", [["attention_bias"], ["mlp_bias"], ["attention_bias", "mlp_bias"]])
-def test_biases_of_llama(make_checkpoint, biases):
-    """LLaMA's optional biases, on the four attention projections and on the MLP, are read and added."""
-    folder, reference = make_checkpoint(text_config=dict.fromkeys(biases, True))
-    assert logit_difference(Llava.from_pretrained(folder), reference) < TOLERANCE
+SEVEN = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+TEXT_OPTIONS = [  # how transformers is told, and how else the same may stand in config.json
+    ({"attention_bias": True}, {}),
+    ({"mlp_bias": True}, {}),
+    ({"attention_bias": True, "mlp_bias": True}, {}),
+    (SEVEN, {"text_config.rope_theta": 9.0}),
+    (SEVEN, {"text_config.rope_parameters": ..., "text_config.rope_theta": 7.0}),
+    (SEVEN, {"text_config.rope_parameters": ..., "text_config.rope_theta": 7, "text_config.rope_scaling": None}),
+]
 
 
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        {},
-        {"text_config.rope_parameters": ..., "text_config.rope_theta": 7.0},
-        {"text_config.rope_parameters": ..., "text_config.rope_theta": 7, "text_config.rope_scaling": None},
-        {"text_config.rope_theta": 9.0},
-    ],
-    ids=["new", "old", "old integer", "new wins over old"],
-)
-def test_rope_theta_in_every_spelling(make_checkpoint, spelling):
-    """RoPE's base comes from `rope_parameters`, else from the older key `rope_theta`."""
-    folder, reference = make_checkpoint(text_config=dict(rope_parameters={"rope_type": "default", "rope_theta": 7.0}))
-    edit_json(folder / "config.json", spelling)
+@pytest.mark.parametrize("options, edits", TEXT_OPTIONS)
+def test_options_of_llama(make_checkpoint, options, edits):
+    """LLaMA's optional biases are added; RoPE's base is that of `rope_parameters`, else the older `rope_theta`."""
+    folder, reference = make_checkpoint(text_config=options)
+    edit_json(folder / "config.json", edits)
     assert logit_difference(Llava.from_pretrained(folder), reference) < TOLERANCE
 
 
@@ -143,18 +116,17 @@ LAYOUTS = {
 def test_key_layouts(make_checkpoint, vision, layout, shards):
     """The four layouts of tensor names load alike, from one file and from shards that cut layers apart."""
     folder, reference = make_checkpoint(vision)
-    (folder / "model.safetensors").unlink()
-    files, weight_map = [{} for _ in range(shards)], {}
+    names = ["model.safetensors"] if shards == 1 else [f"model-{i + 1:05d}-of-00003.safetensors" for i in range(shards)]
+    files, weight_map = {name: {} for name in names}, {}
     for i, (name, tensor) in enumerate(reference.state_dict().items()):
         name = "model." + our_name(name) if name.startswith("model.") else name  # layout C, whatever the version
         for prefix, replacement in LAYOUTS[layout].items():
             name = replacement + name.removeprefix(prefix) if name.startswith(prefix) else name
-        weight_map[name] = (
-            f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
-        )
-        files[i % shards][name] = tensor
-    for tensors in files:
-        save_file(tensors, folder / weight_map[next(iter(tensors))])
+        weight_map[name] = names[i % shards]
+        files[names[i % shards]][name] = tensor
+    (folder / "model.safetensors").unlink()
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert logit_difference(Llava.from_pretrained(folder), reference) < TOLERANCE
@@ -218,8 +190,8 @@ def test_gradients_equal_transformers(make_checkpoint, vision, text, variant):
     ours = {name: p.grad for name, p in model.named_parameters()}
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
-        # A key bias shifts all scores of a query alike: its true gradient is 0, what is left is rounding.
-        size = theirs[name.replace("k_proj.bias", "q_proj.bias")].norm()
+        # A key bias in the vision tower shifts all scores of a query alike: its gradient is 0 but for rounding.
+        size = theirs[re.sub(r"(vision.*)k_proj.bias", r"\1q_proj.bias", name)].norm()
         assert (gradient - theirs[name]).norm() < 1e-4 * size, name
 
 
@@ -285,7 +257,9 @@ def test_second_and_third_turn_from_the_cache(speaker, rows, stops_early):
         from_cache = model.generate(conversations, pixel_values if turn == 0 else None, 20, cache=cache)
         assert from_cache == model.generate(conversations, pixel_values, 20)
         lengths = set(map(len, from_cache))
-        assert turn > 0 or (min(lengths) <= 4 if stops_early else lengths == {20})
+        if turn == 0:  # the first row stops after 4 tokens at most, and others go on
+            assert min(lengths) <= 4 if stops_early else lengths == {20}
+            assert not stops_early or len(rows) == 1 or len(lengths) > 1
         questions = [random_ids(question_length + row).tolist() for row in range(len(rows))]
         conversations = [old + new + q for old, new, q in zip(conversations, from_cache, questions)]
 
@@ -306,9 +280,8 @@ def test_generation_stops_at_any_of_several_stop_tokens(make_checkpoint, speaker
 def test_sampling_is_greedy_at_tiny_top_p_and_repeats_with_its_generator(speaker):
     """A tiny top_p leaves only the likeliest token; the same generator seed gives the same sample, another another."""
     model, _, prompts, pixel_values = speaker
-    assert model.generate(prompts, pixel_values, 20, temperature=1.0, top_p=1e-6) == model.generate(
-        prompts, pixel_values, 20
-    )
+    greedy = model.generate(prompts, pixel_values, 20)
+    assert model.generate(prompts, pixel_values, 20, temperature=1.0, top_p=1e-6) == greedy
     samples = [
         model.generate(prompts, pixel_values, 20, temperature=1.0, generator=torch.Generator().manual_seed(seed))
         for seed in (1, 1, 2)
@@ -332,6 +305,16 @@ def test_sampled_tokens_follow_the_distribution(temperature, top_p):
     assert frequencies[expected == 0].sum() == 0
 
 
+def test_the_cache_is_allocated_once(speaker):
+    """Generation into a cache that has room writes in place: no token pays for a copy of all keys and values."""
+    model, _, prompts, pixel_values = speaker
+    cache = model.new_cache(1)
+    cache.reserve(100)
+    before = cache.keys.data_ptr(), cache.values.data_ptr()
+    model.generate(prompts[:1], pixel_values[:1], 20, cache=cache)
+    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before
+
+
 def test_wrong_calls_are_refused(speaker):
     """Calls that cannot be answered raise a ValueError that says what is wrong."""
     model, _, prompts, pixel_values = speaker
@@ -346,8 +329,9 @@ def test_wrong_calls_are_refused(speaker):
     for ids in (prompt[:-12], [IMAGE_TOKEN, *prompt]):
         with pytest.raises(ValueError, match="image tokens"):
             model(torch.tensor([ids]), image)
-    with pytest.raises(ValueError, match="image tokens"):
-        model.generate([prompt], pixel_values)
+    for wrong_images in (pixel_values, None):
+        with pytest.raises(ValueError, match="image tokens"):
+            model.generate([prompt], wrong_images)
     with pytest.raises(ValueError, match="pixel_values.*30"):
         model(torch.tensor([prompt]), torch.randn(1, 3, 32, 30))
 
@@ -396,18 +380,17 @@ def test_real_llava_7b_index(real_file):
     assert model.config.num_image_tokens == 576
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"image_token_index": 5},
-        {"vision_config": {}, "text_config": {"vocab_size": 32064}},
-        {"vision_config": {"model_type": "siglip_vision_model"}, "text_config": {"model_type": "qwen2"}},
-        {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 96}, "text_config": {"vocab_size": 40000}},
-        {"text_config": {"vocab_size": 40000, "num_attention_heads": 8, "num_key_value_heads": None, "head_dim": None}},
-        {"text_config": {"model_type": "qwen2", "num_attention_heads": 8, "num_key_value_heads": None}},
-        {"text_config": {"vocab_size": 40000, "tie_word_embeddings": True}, "tie_word_embeddings": False},
-    ],
-)
+ABSENT = [
+    {"image_token_index": 5},
+    {"vision_config": {}, "text_config": {"vocab_size": 32064}},
+    {"vision_config": {"model_type": "siglip_vision_model"}, "text_config": {"model_type": "qwen2"}},
+    {"vision_config": {"hidden_size": 96}, "text_config": {"vocab_size": 40000, "num_attention_heads": 8}},
+    {"text_config": {"model_type": "qwen2", "num_attention_heads": 8, "num_key_value_heads": None}},
+    {"text_config": {"vocab_size": 40000, "tie_word_embeddings": True}, "tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("config", ABSENT)
 def test_absent_keys_mean_what_transformers_means(tmp_path, config):
     """A config.json that omits keys, or whole sections, reads as transformers reads it."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"} | config))
@@ -419,60 +402,57 @@ def test_absent_keys_mean_what_transformers_means(tmp_path, config):
     for section, reference in ((ours.vision, theirs.vision_config), (ours.text, text)):
         for name, value in vars(section).items():
             assert value == getattr(reference, name), name
-    ours_only = {"vision", "text", "eos_token_ids", "pad_token_id"}
-    for name in vars(ours).keys() - ours_only:
+    for name in vars(ours).keys() - {"vision", "text", "eos_token_ids", "pad_token_id"}:
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-@pytest.mark.parametrize(
-    "generation_config, text_config, stop_tokens",
-    [
-        ({"eos_token_id": 7}, {"eos_token_id": 8}, (7,)),
-        ({"eos_token_id": [7, 9]}, {}, (7, 9)),
-        ({"eos_token_id": None}, {"eos_token_id": 8}, (8,)),
-        (None, {"eos_token_id": [8, 9]}, (8, 9)),
-        (None, {}, (2,)),
-        (None, {"model_type": "qwen2"}, ()),
-    ],
-)
+STOP_TOKENS = [
+    ({"eos_token_id": 7}, {"eos_token_id": 8}, (7,)),
+    ({"eos_token_id": [7, 9]}, {}, (7, 9)),
+    ({"eos_token_id": None}, {"eos_token_id": 8}, (8,)),
+    ({}, {"eos_token_id": [8, 9]}, (8, 9)),
+    ({}, {}, (2,)),
+    ({}, {"model_type": "qwen2"}, ()),
+]
+
+
+@pytest.mark.parametrize("generation_config, text_config, stop_tokens", STOP_TOKENS)
 def test_stop_tokens_come_from_the_nearest_file(tmp_path, generation_config, text_config, stop_tokens):
     """Stop tokens are generation_config.json's, else text_config's, else the default of the language model."""
     content = {"model_type": "llava", "text_config": {"vocab_size": 32064} | text_config}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    if generation_config is not None:
+    if generation_config:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
     assert LlavaConfig.from_pretrained(tmp_path).eos_token_ids == stop_tokens
 
 
-@pytest.mark.parametrize("flag", ["tie_word_embeddings", "text_config.tie_word_embeddings"])
-@pytest.mark.parametrize("head", ["absent", "equal", "different"])
-def test_tied_heads(make_checkpoint, head, flag):
-    """With the flag at either level an absent or equal head is the embedding itself, a different one is kept."""
+TYING = [  # the file's head, and whether it becomes the embedding: without the flag, with it
+    ("absent", None, True),
+    ("equal", False, True),
+    ("different", False, False),
+]
+
+
+@pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("head, untied, tied", TYING)
+def test_tied_heads(make_checkpoint, head, untied, tied, flags):
+    """The table of FORMATS.md 1.6: a flag at either level ties an absent or equal head, and a head is never made up."""
     folder, reference = make_checkpoint()
     embedding = reference.get_input_embeddings().weight
     if head != "different":
         reference.lm_head.weight = embedding
-    stored = {"absent": {}, "equal": {"lm_head.weight": embedding.data}, "different": {}}[head]
-    name = next(name for name in load_file(folder / "model.safetensors") if name.endswith("lm_head.weight"))
-    if head != "different":
-        edit_weights(folder, lambda tensors: (tensors.pop(name), tensors.update(stored)))
-    edit_json(
-        folder / "config.json", {"tie_word_embeddings": ..., "text_config.tie_word_embeddings": ...} | {flag: True}
-    )
+        edit_weights(folder, lambda tensors: tensors.pop(HEAD))
+    if head == "equal":
+        edit_weights(folder, lambda tensors: tensors.update({HEAD: embedding.data}))
+    names = ["tie_word_embeddings", "text_config.tie_word_embeddings"]
+    edit_json(folder / "config.json", dict(zip(names, flags)))
+    if head == "absent" and not any(flags):
+        with pytest.raises(CheckpointError, match="missing: lm_head.weight"):
+            Llava.from_pretrained(folder)
+        return
     model = Llava.from_pretrained(folder)
-    assert (model.lm_head.weight is model.language_model.embed_tokens.weight) == (head != "different")
+    assert (model.lm_head.weight is model.language_model.embed_tokens.weight) == (tied if any(flags) else untied)
     assert logit_difference(model, reference) < TOLERANCE
-
-
-def test_untied_heads(make_checkpoint):
-    """Without the flag the file's head is used, equal or not, and an absent one is missing: never made up."""
-    folder, reference = make_checkpoint()
-    model = Llava.from_pretrained(folder)
-    assert model.lm_head.weight is not model.language_model.embed_tokens.weight
-    assert logit_difference(model, reference) < TOLERANCE
-    edit_weights(folder, lambda tensors: tensors.pop("language_model.lm_head.weight"))
-    with pytest.raises(CheckpointError, match="missing: lm_head.weight"):
-        Llava.from_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -501,14 +481,6 @@ def test_all_faulty_tensors_are_listed_in_one_error(make_checkpoint):
         assert any(kind in line and name in line and shape in line for line in lines[1:]), kind
 
 
-def test_a_tensor_under_two_names_is_refused(make_checkpoint):
-    """A file that holds one parameter in two layouts at once is ambiguous."""
-    folder, _ = make_checkpoint()
-    edit_weights(folder, lambda tensors: tensors.update({"model.language_model.norm.weight": torch.ones(32)}))
-    with pytest.raises(CheckpointError, match="model.language_model.norm.weight"):
-        Llava.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_known_unused_tensors_are_neither_needed_nor_held(make_checkpoint, vision):
     """What LLaVA never reads may be in the file, or not: the vision tower's end, its pooling head, old buffers."""
@@ -531,140 +503,105 @@ def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
-def config(**changes):
-    return lambda folder: edit_json(folder / "config.json", {k.replace("__", "."): v for k, v in changes.items()})
+def config(key, value):
+    return lambda folder: edit_json(folder / "config.json", {key: value})
 
 
-def add_tensor(name, tensor):
-    return lambda folder: edit_weights(folder, lambda tensors: tensors.update({name: tensor}))
+def tensor(name, dtype):
+    return lambda folder: edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(32, 32, dtype=dtype)}))
 
 
-def shard_named(shard):
-    """Move the weights to where an index points that was written to read them from there."""
+def shards(*names):
+    """Move the weights to the first of the places that an index names."""
 
     def spoil(folder):
+        names_here = [name.replace("FOLDER", str(folder)) for name in names]
         (folder / "sub").mkdir()
-        target = folder / shard.replace("/abs", "abs")
-        (folder / "model.safetensors").rename(target)
-        shard_name = str(target.resolve()) if shard.startswith("/") else shard
-        index = {"metadata": {}, "weight_map": {"language_model.model.norm.weight": shard_name}}
+        (folder / "model.safetensors").rename(folder / names_here[0])
+        index = {"metadata": {}, "weight_map": {f"tensor {i}": name for i, name in enumerate(names_here)}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     return spoil
 
 
-def missing_shard(folder):
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    weight_map = {str(i): f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+def truncate(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
 
 
-def truncated(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def emptied(folder):
-    for file in folder.iterdir():
-        file.unlink()
+def remove(*names):
+    return lambda folder: [(folder / name).unlink() for name in names or [file.name for file in folder.iterdir()]]
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 14126854144\n"
 HTML = b"<!DOCTYPE html><html><body>Access to this model is restricted</body></html>"
+ORIGINAL = b'{"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "mm_vision_tower": "openai/clip"}'
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj"
-LIUHAOTIAN = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "hidden_size": 4096}
-LIUHAOTIAN |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
-REFUSED = {
-    "truncated": (truncated, ["model.safetensors", "download"]),
-    "weights are an LFS pointer": (write("model.safetensors", POINTER), ["model.safetensors", "git lfs pull"]),
-    "weights are HTML": (write("model.safetensors", HTML), ["model.safetensors", "HTML", "download"]),
-    "weights are empty": (write("model.safetensors", b""), ["model.safetensors", "download"]),
-    "config is an LFS pointer": (write("config.json", POINTER), ["config.json", "git lfs pull"]),
-    "config is HTML": (write("config.json", HTML), ["config.json", "HTML", "download"]),
-    "config is cut": (write("config.json", b'{"model_type": "lla'), ["config.json", "download"]),
-    "config is no text": (write("config.json", b"\x80\x02\xff"), ["config.json", "download"]),
-    "config is nested without end": (write("config.json", b"[" * 10**5), ["config.json"]),
-    "config is a list": (write("config.json", b'["llava"]'), ["config.json", "object"]),
-    "generation config is a list": (write("generation_config.json", b"[2]"), ["generation_config.json", "object"]),
-    "stop token is text": (write("generation_config.json", b'{"eos_token_id": "2"}'), ["eos_token_id", "'2'"]),
-    "empty folder": (emptied, ["config.json", "Hugging Face"]),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors", "nothing"]),
-    "missing shard": (missing_shard, ["model-00002-of-00002.safetensors", "download"]),
-    "shard above": (shard_named("../x.safetensors"), ["index.json", "'../x.safetensors'", "in this folder"]),
-    "shard anywhere": (shard_named("/abs.safetensors"), ["index.json", "abs.safetensors'", "in this folder"]),
-    "shard below": (shard_named("sub/x.safetensors"), ["index.json", "'sub/x.safetensors'", "in this folder"]),
-    "shard is pickle": (shard_named("pytorch_model.bin"), ["index.json", "'pytorch_model.bin'", "safetensors"]),
-    "index without map": (
-        lambda folder: (shard_named("x.safetensors")(folder), write("model.safetensors.index.json", b"{}")(folder)),
-        ["index.json", "weight_map"],
-    ),
-    "GPTQ": (add_tensor(f"{Q_PROJ}.qweight", torch.zeros(4, 32, dtype=torch.int32)), ["qweight", "fp16"]),
-    "int8": (add_tensor(f"{Q_PROJ}.weight", torch.zeros(32, 32, dtype=torch.int8)), ["q_proj.weight", "I8", "fp16"]),
-    "quantised": (config(quantization_config={"quant_method": "awq"}), ["config.json", "quantised", "fp16"]),
-    "RoPE scaling": (
-        config(text_config__rope_parameters=..., text_config__rope_scaling={"type": "linear", "factor": 2.0}),
-        ["config.json", "text_config", "linear"],
-    ),
-    "RoPE parameters": (
-        config(text_config__rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
-        ["config.json", "text_config", "llama3"],
-    ),
-    "sliding window": (
-        config(text_config__model_type="qwen2", text_config__use_sliding_window=True),
-        ["config.json", "text_config", "sliding"],
-    ),
-    "llava_next": (config(model_type="llava_next"), ["config.json", "'llava_next'", "'llava'"]),
-    "other model": (config(model_type="qwen2_vl"), ["config.json", "'qwen2_vl'", "'llava'"]),
-    "no model type": (config(model_type=...), ["config.json", "model_type", "'llava'"]),
-    "other language model": (config(text_config__model_type="mistral"), ["text_config", "'mistral'", "llama", "qwen2"]),
-    "other vision tower": (config(vision_config__model_type="dinov2"), ["vision_config", "'dinov2'", "clip", "siglip"]),
-    "original layout": (
-        write("config.json", json.dumps(LIUHAOTIAN).encode()),
-        ["original", "llava-hf/llava-1.5-7b-hf"],
-    ),
-    "several feature layers": (config(vision_feature_layer=[-2, -5]), ["config.json", "vision_feature_layer", "one"]),
-    "no such feature layer": (config(vision_feature_layer=-9), ["config.json", "-9"]),
-    "other strategy": (config(vision_feature_select_strategy="cls"), ["config.json", "strategy", "'cls'"]),
-    "other activation": (config(text_config__hidden_act="relu"), ["config.json", "hidden_act", "'relu'"]),
-    "text for a number": (config(text_config__hidden_size="32"), ["config.json", "text_config.hidden_size", "'32'"]),
-    "negative number": (config(vision_config__num_hidden_layers=-3), ["vision_config.num_hidden_layers", "-3"]),
-    "truth for a number": (config(text_config__vocab_size=True), ["text_config.vocab_size", "True"]),
-    "number for a truth": (config(multimodal_projector_bias=1), ["config.json", "multimodal_projector_bias", "1"]),
-    "section is a list": (config(vision_config=[1]), ["config.json", "vision_config"]),
-    "no heads": (config(vision_config__num_attention_heads=0), ["config.json", "num_attention_heads", "0"]),
-    "no patches": (config(vision_config__patch_size=0), ["config.json", "patch_size", "0"]),
-    "architectures is a number": (config(architectures=1), ["config.json", "architectures"]),
-}
+REFUSED = [  # what is wrong, and what the message must name
+    (truncate, "model.safetensors|download"),
+    (write("model.safetensors", POINTER), "model.safetensors|git lfs pull"),
+    (write("model.safetensors", HTML), "model.safetensors|HTML|download"),
+    (write("model.safetensors", b""), "model.safetensors|download"),
+    (write("config.json", POINTER), "config.json|git lfs pull"),
+    (write("config.json", HTML), "config.json|HTML|download"),
+    (write("config.json", b'{"model_type": "lla'), "config.json|download"),
+    (write("config.json", b"\x80\x02\xff"), "config.json|download|utf-8"),
+    (write("config.json", b"[" * 10**5), "config.json|recursion"),
+    (write("config.json", b'["llava"]'), "config.json|object"),
+    (write("config.json", ORIGINAL), "config.json|original|llava-hf/llava-1.5-7b-hf"),
+    (write("generation_config.json", b"[2]"), "generation_config.json|object"),
+    (write("generation_config.json", b'{"eos_token_id": "2"}'), "generation_config.json|eos_token_id|'2'"),
+    (remove(), "config.json|Hugging Face"),
+    (remove("model.safetensors"), "model.safetensors|nothing"),
+    (shards("model-1.safetensors", "model-2.safetensors"), "model-2.safetensors|download"),
+    (shards("../x.safetensors"), "index.json|'../x.safetensors'|in this folder"),
+    (shards("FOLDER/abs.safetensors"), "index.json|/abs.safetensors'|in this folder"),
+    (shards("sub/x.safetensors"), "index.json|'sub/x.safetensors'|in this folder"),
+    (shards("pytorch_model.bin"), "index.json|'pytorch_model.bin'|safetensors"),
+    (tensor(f"{Q_PROJ}.qweight", torch.int32), "model.safetensors|q_proj.qweight|quantised|fp16"),
+    (tensor(f"{Q_PROJ}.weight", torch.int8), "model.safetensors|q_proj.weight|I8|quantised|fp16"),
+    (tensor("model.language_model.layers.0.self_attn.q_proj.weight", torch.float32), "twice|q_proj.weight"),
+    (config("quantization_config", {"quant_method": "awq"}), "config.json|quantised|fp16"),
+    (config("text_config.rope_scaling", {"type": "linear", "factor": 2.0}), "text_config|rope_scaling|linear|only"),
+    (config("text_config.rope_parameters", {"rope_type": "llama3"}), "text_config|rope_parameters|llama3|only"),
+    (config("text_config.use_sliding_window", True), "text_config|sliding"),
+    (config("model_type", "llava_next"), "model_type|'llava_next'|only 'llava'"),
+    (config("model_type", "qwen2_vl"), "model_type|'qwen2_vl'|only 'llava'"),
+    (config("model_type", ...), "model_type|None|only 'llava'"),
+    (config("text_config.model_type", "mistral"), "text_config.model_type|'mistral'|llama|qwen2"),
+    (config("vision_config.model_type", "dinov2"), "vision_config.model_type|'dinov2'|clip_vision_model|siglip"),
+    (config("vision_feature_layer", [-2, -5]), "vision_feature_layer|only one"),
+    (config("vision_feature_layer", -9), "layer -9"),
+    (config("vision_feature_select_strategy", "cls"), "vision_feature_select_strategy|'cls'"),
+    (config("text_config.hidden_act", "relu"), "text_config.hidden_act|'relu'"),
+    (config("text_config.hidden_size", "32"), "text_config.hidden_size|'32'|int"),
+    (config("vision_config.num_hidden_layers", -3), "vision_config.num_hidden_layers|-3|int"),
+    (config("text_config.vocab_size", True), "text_config.vocab_size|True|int"),
+    (config("multimodal_projector_bias", 1), "multimodal_projector_bias|1|bool"),
+    (config("vision_config", [1]), "vision_config|[1]|object"),
+    (config("vision_config.num_attention_heads", 0), "num_attention_heads|0"),
+    (config("vision_config.patch_size", 0), "patch_size|0"),
+]
 
 
-@pytest.mark.parametrize("spoil, words", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("spoil, words", REFUSED, ids=[words for _, words in REFUSED])
 def test_what_cannot_be_read_is_refused_with_advice(make_checkpoint, spoil, words):
     """Every broken, foreign or dangerous folder raises CheckpointError, naming the file or tensor and what to do."""
     folder, _ = make_checkpoint()
     spoil(folder)
     with pytest.raises(CheckpointError) as caught:
         Llava.from_pretrained(folder)
-    assert str(folder) in str(caught.value)
-    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+    message = str(caught.value)
+    assert str(folder) in message and all(word in message for word in words.split("|")), message
 
 
-class Bomb:
-    """An object whose pickle creates a file when it is read."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
-def test_pickle_is_never_opened(make_checkpoint, monkeypatch):
+def test_pickle_is_never_opened(make_checkpoint):
     """A folder with only pickle files is refused by their names, and nothing opens them."""
     folder, _ = make_checkpoint()
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder / "exploded")))
+    (folder / "pytorch_model.bin").write_text(f"cos\nmkdir\n(V{folder}/exploded\ntR.")  # unpickling makes a folder
     opened = []
-    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+    sys.addaudithook(lambda event, paths: opened.append(str(paths[0])) if str(folder) in str(paths[:1]) else None)
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*safetensors"):
         Llava.from_pretrained(folder)
     assert any(name.endswith("config.json") for name in opened)
@@ -696,24 +633,21 @@ def test_no_value_in_config_json_escapes_as_another_exception(make_checkpoint, s
 # Saving
 
 
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000], ids=["single", "sharded"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000], ids=["single", "sharded"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("vision, text", PAIRS)
 def test_transformers_opens_what_we_save(make_checkpoint, tmp_path, vision, text, tied, max_shard_bytes):
     """A saved folder opens in transformers with nothing missing or left over and the same logits."""
     folder, reference = make_checkpoint(vision, text, text_config=dict(tie_word_embeddings=tied))
     Llava.from_pretrained(folder).save_pretrained(tmp_path / "saved", max_shard_bytes)
-    files = list((tmp_path / "saved").glob("*.safetensors"))
-    index_path = tmp_path / "saved" / "model.safetensors.index.json"
-    assert (len(files) > 5) == index_path.exists() == (max_shard_bytes == 20_000)
-    if index_path.exists():
-        index, shards = json.loads(index_path.read_text()), {file.name: load_file(file) for file in files}
-        assert index["metadata"]["total_size"] == sum(t.nbytes for shard in shards.values() for t in shard.values())
+    shards = {file.name: load_file(file) for file in (tmp_path / "saved").glob("*.safetensors")}
+    assert (len(shards) > 5) == (max_shard_bytes == 30_000)
+    if len(shards) > 1:
+        index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+        sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards.values()]
+        assert index["metadata"]["total_size"] == sum(sizes) and max(sizes) <= max_shard_bytes
         assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
-        assert all(sum(t.nbytes for t in shard.values()) <= 20_000 for shard in shards.values())
-    reopened, report = type(reference).from_pretrained(
-        tmp_path / "saved", dtype=torch.float32, output_loading_info=True
-    )
+    reopened, report = type(reference).from_pretrained(tmp_path / "saved", dtype="float32", output_loading_info=True)
     assert not any(report.values()), report
     assert logit_difference(Llava.from_pretrained(folder), reopened) < TOLERANCE
     assert logit_difference(Llava.from_pretrained(tmp_path / "saved"), reference) < TOLERANCE
@@ -751,45 +685,14 @@ def test_saving_never_touches_an_existing_model(make_checkpoint):
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
-CHECKPOINT_BYTES = 200 * 2**20
-MEASURE = """
-import sys, torch
-from model import Llava
-
-def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-def load(folder):
-    model = Llava.from_pretrained(folder, dtype=getattr(torch, sys.argv[3]))
-    sum(parameter.detach().sum().item() for parameter in model.parameters())  # touches every page
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-load(sys.argv[1])  # a tiny one: what the libraries take once is not the checkpoint's
-before = status("VmRSS")
-weights = load(sys.argv[2])
-print(weights, status("VmHWM") - before)
-"""
+CHECKPOINT_BYTES = 200_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    "stored, loaded", [("float32", "float32"), ("float16", "bfloat16"), ("float32", "bfloat16"), ("float16", "float32")]
-)
-def test_loading_takes_the_memory_of_the_weights_once(make_checkpoint, tmp_path, stored, loaded):
-    """The peak of resident memory rises by at most 1.15 times the weights, converted to another precision or not."""
-    hidden = 512
-    vision = VisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
-    text = TextConfig(vocab_size=1000, hidden_size=hidden, intermediate_size=2048, num_attention_heads=8)
-    largest = max(getattr(torch, stored).itemsize, getattr(torch, loaded).itemsize)
-    text.num_hidden_layers = CHECKPOINT_BYTES // largest // (4 * hidden**2 + 3 * hidden * 2048)
-    torch.set_default_dtype(getattr(torch, stored))
-    try:
-        Llava(LlavaConfig(vision=vision, text=text, image_token_id=7)).save_pretrained(tmp_path / "large")
-    finally:
-        torch.set_default_dtype(torch.float32)
-    arguments = [make_checkpoint()[0], tmp_path / "large", loaded]
-    output = subprocess.check_output([sys.executable, "-c", MEASURE, *map(str, arguments)], cwd=PROJECT, text=True)
-    weights, rise = map(int, output.split())
-    print(f"{stored} -> {loaded}: weights {weights / 2**20:.0f} MiB, peak rises by {rise / weights:.2f} times that")
-    assert weights > 0.4 * CHECKPOINT_BYTES
-    assert rise <= 1.15 * weights
+@pytest.mark.parametrize("stored, loaded", [("float32", "float32"), ("float16", "bfloat16")])
+def test_loading_takes_the_memory_of_the_weights_once(stored, loaded):
+    """The peak of resident memory rises by at most 1.15 times the weights, as they are stored or converted."""
+    command = [sys.executable, PROJECT / "benchmarks" / "loading.py", "--peak-only", "--bytes", str(CHECKPOINT_BYTES)]
+    peak = json.loads(subprocess.check_output([*command, "--stored", stored, "--loaded", loaded], text=True))
+    print(f"{stored} -> {loaded}: the peak rises by {peak['rise'] / peak['weights']:.3f} times the weights")
+    assert peak["weights"] > 0.9 * CHECKPOINT_BYTES and peak["rise"] <= 1.15 * peak["weights"]

@@ -45,7 +45,7 @@ from tqdm import tqdm
 VERSION = 1  # raise it whenever the files would change: an older folder is then built anew
 IMAGE_SIZE = 48  # pixels; a place is a quarter of the picture
 PLACE_SIZE = IMAGE_SIZE // 2
-JITTER = 1  # pixels an object may lie off the middle of its place
+JITTER = 2  # pixels an object may lie off the middle of its place
 
 SIZES = {"small": 12, "large": 19}  # pixels
 COLORS = {
@@ -449,14 +449,14 @@ def build_evaluation(folder: Path, split: str, rng: random.Random, number: int, 
             counts["captions"] += 1
             counts["false negative pairs"] += int(true.sum()) - 1
             captions.append(caption)
+        same = paraphrase(captions[0], rng)
+        assert truth(str(same), table)[index], (scene, same)
         for kind, negative in sample_negatives(captions[0], scene, rng).items():
             file_items = sugarcrepe.setdefault(kind, {})
             item = {"filename": file, "caption": str(captions[0]), "negative_caption": str(negative)}
             file_items[str(len(file_items))] = item
             counts["SugarCrepe items"] += 1
             if not kind.startswith("add"):
-                same = paraphrase(captions[0], rng)
-                assert truth(str(same), table)[index], (scene, same)
                 items = sugarcrepe_pp.setdefault(kind, [])
                 items.append({"id": len(items), **item, "caption2": str(same)})
         short, long = [str(caption) for caption in captions], long_caption(scene, rng)
@@ -472,6 +472,14 @@ def build_evaluation(folder: Path, split: str, rng: random.Random, number: int, 
     for kind, items in sugarcrepe_pp.items():
         save_json(folder / split / "sugarcrepe++" / f"{kind}.json", items)
     build_winoground(folder / split / "winoground", split, rng, number * 2 // 5)
+    tests = {  # where eval.py finds them, relative to this file
+        "retrieval": {"file": "karpathy.json", "images": "../images", "split": split},
+        "sugarcrepe": {"file": "sugarcrepe", "images": f"../images/{split}"},
+        "sugarcrepe++": {"file": "sugarcrepe++", "images": f"../images/{split}"},
+        "winoground": {"file": "winoground/examples.jsonl", "images": "winoground/images"},
+        "captioning": {"file": f"../{split}.jsonl"},
+    }
+    save_json(folder / split / "tests.json", tests)
     return dict(counts)
 
 
@@ -505,6 +513,7 @@ def build(folder: str | Path = "toy/data", seed: int = 0, train_scenes: int = 81
     {val,test}/sugarcrepe/*.json           seven files, pictures in images/{val,test}
     {val,test}/sugarcrepe++/*.json         five files
     {val,test}/winoground/                 examples.jsonl and images/
+    {val,test}/tests.json                  lists all of these for eval.py
 
     Everything is written into a folder beside it, which is renamed when it is complete. Raises ValueError if `folder`
     holds anything that is not a toy world, rather than delete it.

@@ -1,0 +1,207 @@
+"""lora.py against the base model, its own algebra, and peft."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora import (
+    AdapterError,
+    LoRAConfig,
+    LoRALinear,
+    SoftPrompt,
+    adapters_disabled,
+    add_lora,
+    add_soft_prompts,
+    freeze,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    trainable_parameters,
+)
+from model import Llava
+
+IMAGE_PROMPT, TEXT_PROMPT = [5, 6, 7], [8, 9]
+
+
+def shake(model):
+    """Give every trainable tensor values that matter (LoRA's B starts at zero)."""
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.fixture
+def base(make_checkpoint):
+    folder, reference = make_checkpoint()
+    return Llava.from_pretrained(folder), folder, reference
+
+
+def adapted(model, config=None):
+    freeze(model)
+    add_lora(model, config or LoRAConfig(rank=4, alpha=6))
+    add_soft_prompts(model, IMAGE_PROMPT, TEXT_PROMPT)
+    return model
+
+
+def run(model, ids):
+    with torch.no_grad():
+        return model.logits(model(torch.tensor([ids])))
+
+
+def test_start_is_the_base_model(base):
+    """Before any step, LoRA adds nothing and the soft prompts are the hand-written ones."""
+    model, _, _ = base
+    expected = run(model, [1, 2, *IMAGE_PROMPT, 3, *TEXT_PROMPT])
+    adapted(model)
+    assert torch.equal(run(model, [1, 2, 99, 100, 101, 3, 102, 103]), expected)
+
+
+def test_disabled_is_bitwise_the_base_model(base):
+    """After training, `adapters_disabled` gives exactly what was there before; outside it, something else."""
+    model, _, _ = base
+    expected = run(model, [1, 2, *IMAGE_PROMPT, 3, *TEXT_PROMPT])
+    shake(adapted(model))
+    soft = [1, 2, 99, 100, 101, 3, 102, 103]
+    with adapters_disabled(model):
+        assert torch.equal(run(model, soft), expected)
+    assert not torch.allclose(run(model, soft), expected, atol=1e-3)
+
+
+def test_only_adapters_train(base):
+    """All seven linear layers of every block and both prompts get a gradient; nothing else has one."""
+    model, _, _ = base
+    shake(adapted(model))
+    model.logits(model(torch.tensor([[1, 99, 100, 101, 102, 103]]))).sum().backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient == trainable_parameters(model).keys()
+    assert len(with_gradient) == 2 * 7 * 2 + 2  # layers x linears x (A, B), and two prompts
+
+
+def test_lora_is_its_formula(base):
+    """y = W x + alpha / r * B A x, with rank-stabilised scaling on demand."""
+    linear = torch.nn.Linear(6, 5)
+    for config, scale in ((LoRAConfig(4, 6), 1.5), (LoRAConfig(4, 6, use_rslora=True), 3.0)):
+        layer = LoRALinear(linear, config)
+        torch.nn.init.normal_(layer.lora_B.weight)
+        x = torch.randn(3, 6)
+        expected = linear(x) + scale * x @ layer.lora_A.weight.T @ layer.lora_B.weight.T
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_dropout_only_while_training(base):
+    """In training, dropout hits LoRA's input alone; in evaluation nothing is random."""
+    layer = LoRALinear(torch.nn.Linear(64, 8), LoRAConfig(4, dropout=0.5))
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(2, 64)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_merge_keeps_the_function(base):
+    """Merged weights compute what the adapters did, in plain linear layers."""
+    model, _, _ = base
+    shake(adapted(model))
+    expected = run(model, [1, 99, 100, 3])
+    merge_lora(model)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    torch.testing.assert_close(run(model, [1, 99, 100, 3]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_peft_loads_ours(base, tmp_path, use_rslora):
+    """peft on transformers' LLaVA computes the same logits from what `save_adapter` writes."""
+    peft = pytest.importorskip("peft")
+    model, _, reference = base
+    config = LoRAConfig(rank=4, alpha=6, use_rslora=use_rslora)
+    freeze(model)
+    add_lora(model, config)
+    shake(model)
+    save_adapter(model, tmp_path / "adapter", config)
+    loaded = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+    ids = [1, 2, 3, 4, 5]
+    with torch.no_grad():
+        expected = loaded(input_ids=torch.tensor([ids])).logits
+    assert not any("lora" in name and "vision" in name for name, _ in loaded.named_parameters())
+    assert (run(model, ids) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.model.language_model.", "base_model.model.language_model.model."])
+@pytest.mark.parametrize("default", ["", ".default"])
+def test_we_load_pefts(base, tmp_path, prefix, default):
+    """An adapter that peft trained and saved, under the new and the old names, computes the same logits here."""
+    peft = pytest.importorskip("peft")
+    model, _, reference = base
+    targets = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+    wrapped = peft.get_peft_model(reference, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    renamed = {
+        name.replace("base_model.model.model.language_model.", prefix).replace(".weight", f"{default}.weight"): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(renamed, file)
+    load_adapter(model, tmp_path / "adapter", [], [])
+    ids = [1, 2, 3, 4, 5]
+    with torch.no_grad():
+        expected = wrapped.eval()(input_ids=torch.tensor([ids])).logits
+    assert (run(model, ids) - expected).abs().max() < 1e-4
+
+
+def test_saved_and_loaded_is_bitwise_the_same(base, tmp_path):
+    """LoRA and soft prompts survive the files exactly, with the notes that were given."""
+    model, folder, _ = base
+    config = LoRAConfig(rank=4, alpha=6, targets=("q_proj", "down_proj"))
+    shake(adapted(model, config))
+    save_adapter(model, tmp_path / "adapter", config, {"image_prompt": "a prompt"})
+    again = Llava.from_pretrained(folder)
+    assert load_adapter(again, tmp_path / "adapter", IMAGE_PROMPT, TEXT_PROMPT) == config
+    ids = [1, 99, 100, 101, 102, 103, 4]
+    assert torch.equal(run(model, ids), run(again, ids))
+    assert isinstance(again.language_model.embed_tokens, SoftPrompt)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"peft_type": "IA3"}, "only 'LORA'"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"target_modules": ["none_of_them"]}, "no known layers"),
+        ({"r": 0}, "rank 0"),
+        ({"r": "x"}, "cannot be used"),
+        ({"r": 5}, "wrong shape"),
+    ],
+)
+def test_foreign_adapters_are_refused_by_name(base, tmp_path, change, message):
+    """What is not implemented is refused with the file and the field."""
+    model, folder, _ = base
+    freeze(model)
+    add_lora(model, LoRAConfig(rank=4))
+    save_adapter(model, tmp_path, LoRAConfig(rank=4))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=message) as error:
+        load_adapter(Llava.from_pretrained(folder), tmp_path, [], [])
+    assert str(tmp_path) in str(error.value)
+
+
+def test_renamed_and_missing_tensors_are_listed(base, tmp_path):
+    """A renamed soft prompt is reported as missing and unexpected in one message; an empty folder is no adapter."""
+    model, folder, _ = base
+    freeze(model)
+    add_soft_prompts(model, IMAGE_PROMPT, TEXT_PROMPT)
+    save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "soft_prompts.safetensors"
+    save_file({name.replace("image", "picture"): tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(AdapterError, match="missing: soft_prompt.image[^$]*unexpected: soft_prompt.picture"):
+        load_adapter(Llava.from_pretrained(folder), tmp_path / "adapter", IMAGE_PROMPT, TEXT_PROMPT)
+    with pytest.raises(AdapterError, match="not an adapter"):
+        load_adapter(Llava.from_pretrained(folder), tmp_path, [], [])

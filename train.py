@@ -1,0 +1,339 @@
+"""Fine-tune a LLaVA into an embedding model that still captions: VladVA (CVPR 2025, arXiv 2412.04378).
+
+    python train.py                        the toy job: no network, no GPU, a few minutes on a laptop
+    python train.py --model llava-1.5-7b-hf --data captions.jsonl --tests tests.json --out runs/mine
+    python train.py --help                 every setting, with its default
+
+Contrastive loss on short captions + autoregressive loss on long ones, the image side of both in one forward pass; soft
+prompts + LoRA learn, everything else is frozen. A run folder holds config.json, log.jsonl, results.json, pictures and
+checkpoints/; `python eval.py caption photo.jpg --model runs/mine` uses it.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import (
+    IMAGE_PROMPT,
+    TEXT_PROMPT,
+    Batch,
+    CaptionDataset,
+    DataError,
+    ResumableSampler,
+    collate,
+    open_image,
+    read_karpathy,
+)
+from eval import (
+    USER_ERRORS,
+    Embeddings,
+    Run,
+    caption,
+    evaluate,
+    gallery,
+    load_base,
+    paper_rows,
+    print_table,
+    summary,
+)
+from lora import LoRAConfig, add_lora, add_soft_prompts, freeze, save_adapter, trainable_parameters
+from losses import contrastive_loss, linear_cross_entropy, vladva_loss
+
+
+def setting(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """Every setting; the defaults are the toy job. Flags are made from the fields."""
+
+    model: str = setting("toy/tiny-llava", "folder of the LLaVA to fine-tune")
+    data: str = setting("", "training data, JSON lines as in data.py (empty: the toy world, made if it is missing)")
+    image_root: str = setting("", "where the training pictures are (empty: beside the data)")
+    tests: str = setting(
+        "", "tests.json for the tables before and after, as in eval.evaluate (empty: none, or the toy's)"
+    )
+    out: str = setting("runs/toy", "run folder; must be new or a finished run's, which is replaced")
+    steps: int = setting(250, "optimiser steps")
+    batch_size: int = setting(128, "images in a batch, each with a short caption: the negatives of one another")
+    micro_batch: int = setting(32, "sequences in one forward pass")
+    caption_share: float = setting(0.25, "share of a batch whose long captions are trained on (paper: all, 1.0)")
+    contrast: str = setting("short", "captions of the contrastive loss: short, or long (which collapses)")
+    groups: bool = setting(True, "keep records of one group, such as a scene and its twin, in one batch")
+    contrastive_weight: float = setting(1.0, "weight of the contrastive loss (0 switches it off)")
+    ar_weight: float = setting(1.0, "weight of the autoregressive loss (0 switches it off)")
+    soft_prompts: bool = setting(True, "learn the two prompts")
+    lora_rank: int = setting(16, "rank of LoRA (0 switches it off)")
+    lora_alpha: float = setting(16.0, "LoRA's output is scaled by alpha / rank")
+    lora_dropout: float = setting(0.0, "dropout in front of LoRA")
+    image_prompt: str = setting(IMAGE_PROMPT, "what follows an image")
+    text_prompt: str = setting(TEXT_PROMPT, "what follows a text")
+    lr: float = setting(4e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
+    soft_lr: float = setting(4e-2, "peak learning rate of the soft prompts")
+    temperature: float = setting(0.07, "where the learnable temperature of the contrastive loss starts")
+    temperature_lr: float = setting(1e-2, "its peak learning rate")
+    weight_decay: float = setting(0.0, "of LoRA")
+    warmup: int = setting(20, "steps until the peak learning rate; a cosine to 5 % of it follows")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    seed: int = setting(0, "of the initial LoRA, the order of the data, and the choice of captions")
+    workers: int = setting(0, "processes that read data (0: the training process itself)")
+    save_every: int = setting(0, "steps between checkpoints (0: only the last)")
+    device: str = setting("", "cpu, cuda, mps (empty: the best one here)")
+
+    def check(self) -> None:
+        """Raise DataError for values that cannot work, all in one message."""
+        counts = (self.steps, self.batch_size, self.micro_batch)
+        sizes = (self.lr, self.soft_lr, self.temperature_lr, self.contrastive_weight, self.ar_weight, self.clip)
+        rules = {
+            "steps, batch_size and micro_batch must be at least 1": min(counts) >= 1,
+            "caption_share must lie in [0, 1]": 0 <= self.caption_share <= 1,
+            "contrast must be short or long": self.contrast in ("short", "long"),
+            "temperature must be positive": self.temperature > 0,
+            "learning rates, weights and clip must not be negative": min(sizes) >= 0,
+            "one of the two losses needs a weight": self.contrastive_weight + self.ar_weight > 0,
+            "without soft prompts and LoRA there is nothing to train": self.soft_prompts or self.lora_rank > 0,
+            "lora_rank, workers, save_every must not be negative": min(self.lora_rank, self.workers, self.save_every)
+            >= 0,
+        }
+        if faults := [rule for rule, kept in rules.items() if not kept]:
+            raise DataError("settings: " + "; ".join(faults))
+
+
+# ---- One step
+
+
+def training_step(model: nn.Module, batch: Batch, log_scale: torch.Tensor, config: TrainConfig) -> dict[str, float]:
+    """Forward and backward of one batch; gradients are added to the parameters'. Returns the losses.
+
+    Each image runs through the model once: its hidden state at the summary position is the embedding, and those behind
+    it predict the long caption, which the summary cannot see, since attention is causal.
+    """
+    embeddings: dict[str, list] = {"image": [], "text": []}
+    autoregressive = torch.zeros((), device=model.device)
+    for side, chunks in (("image", batch.images), ("text", batch.texts)):
+        for chunk in chunks:
+            chunk = chunk.to(model.device)
+            hidden = model(chunk.input_ids, chunk.pixel_values)  # (b, T, D)
+            summary = hidden[torch.arange(len(hidden), device=model.device), chunk.summary]
+            embeddings[side].append((chunk.pair, summary))
+            if chunk.labels is not None and config.ar_weight:
+                autoregressive += linear_cross_entropy(hidden, model.lm_head.weight, chunk.labels, batch.num_tokens)
+
+    def in_order(side):
+        """Chunks were sorted by length: put row i back to pair i, (pairs, D)."""
+        pair, rows = (torch.cat(parts) for parts in zip(*embeddings[side]))
+        return rows[pair.argsort()[-batch.num_pairs :]]  # rows without a partner carry -1 and come first
+
+    contrastive = torch.zeros((), device=model.device)
+    if config.contrastive_weight and batch.num_pairs:
+        contrastive = contrastive_loss(in_order("image"), in_order("text"), log_scale.exp().clamp(max=100))
+    loss = vladva_loss(contrastive, autoregressive, config.contrastive_weight, config.ar_weight)
+    loss.backward()
+    return {"loss": loss.item(), "contrastive": contrastive.item(), "autoregressive": autoregressive.item()}
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from 1 to 0.05."""
+    warmup = min(1.0, (step + 1) / max(config.warmup, 1))
+    return warmup * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+
+
+def make_optimizer(model: nn.Module, log_scale: nn.Parameter, config: TrainConfig) -> torch.optim.AdamW:
+    named = trainable_parameters(model)
+    groups = [
+        {
+            "params": [p for n, p in named.items() if ".lora_" in n],
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for n, p in named.items() if ".lora_" not in n], "lr": config.soft_lr, "weight_decay": 0.0},
+        {"params": [log_scale], "lr": config.temperature_lr, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98))
+
+
+def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> None:
+    """The loop. Writes log.jsonl and checkpoints into `out`."""
+    model, device = run.model.train(), run.model.device
+    log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature), device=device))
+    optimizer = make_optimizer(model, log_scale, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    units = dataset.units if config.groups else range(len(dataset))
+    sampler = ResumableSampler(units, config.batch_size, config.steps, config.seed)
+    lay_out = partial(
+        collate, layout=run.layout, micro_batch=config.micro_batch,
+        caption_share=config.caption_share if config.ar_weight else 0.0,
+    )  # fmt: skip
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=lay_out, num_workers=config.workers)
+    skipped, started = 0, time.perf_counter()
+    with open(out / "log.jsonl", "w") as log, tqdm(loader, desc="training", unit="step") as progress:
+        for step, batch in enumerate(progress):
+            skipped += len(batch.skipped)
+            if skipped > max(10, 0.01 * (step + 1) * config.batch_size):
+                raise DataError(f"{skipped} records could not be used, the last one: {batch.skipped[-1]}")
+            factor = learning_rate_factor(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak_lr"]
+            losses = training_step(model, batch, log_scale, config)
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
+            if not math.isfinite(losses["loss"]) or not math.isfinite(norm):
+                raise DataError(f"step {step}: loss {losses['loss']}, gradient {norm}; lower the learning rates")
+            optimizer.step()
+            optimizer.zero_grad()
+
+            seconds = time.perf_counter() - started
+            line = {"step": step, **losses, "chance": math.log(max(batch.num_pairs, 1)), "gradient_norm": norm}
+            line |= {"temperature": math.exp(-log_scale.item()), "lr": factor * config.lr, "skipped": skipped}
+            line |= {"pairs_per_second": (step + 1) * config.batch_size / seconds, "seconds": seconds}
+            log.write(json.dumps(line) + "\n")
+            shown = f"{line['contrastive']:.3f} (chance {line['chance']:.2f}) + {line['autoregressive']:.3f}"
+            progress.set_postfix_str(f"loss {shown}, temperature {line['temperature']:.3f}", refresh=False)
+            if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+                save_checkpoint(out, step + 1, model, config)
+    model.eval()
+
+
+def save_checkpoint(out: Path, step: int, model: nn.Module, config: TrainConfig) -> None:
+    """Write checkpoints/step-N under a temporary name, rename it, then let `latest` name it."""
+    folder, temporary = out / "checkpoints" / f"step-{step}", out / "checkpoints" / f"step-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    notes = {"image_prompt": config.image_prompt, "text_prompt": config.text_prompt, "step": str(step)}
+    save_adapter(model, temporary, lora_config(config), notes)
+    os.replace(temporary, folder)
+    latest = out / "checkpoints" / "latest"
+    latest.with_suffix(".tmp").write_text(folder.name + "\n")
+    os.replace(latest.with_suffix(".tmp"), latest)
+
+
+def lora_config(config: TrainConfig) -> LoRAConfig:
+    return LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout)
+
+
+def add_adapters(run: Run, config: TrainConfig) -> None:
+    """Freeze the base model, and add what learns."""
+    torch.manual_seed(config.seed)
+    freeze(run.model)
+    if config.lora_rank:
+        add_lora(run.model, lora_config(config))
+    if config.soft_prompts:
+        add_soft_prompts(run.model, run.layout.image_prompt, run.layout.text_prompt)
+        run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
+
+
+# ---- The job: table, training, table
+
+
+def prepare_run_folder(config: TrainConfig) -> Path:
+    """An empty run folder with config.json; a former run there makes room, anything else is left alone."""
+    out = Path(config.out)
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise DataError(f"--out {out}: holds files that are not a run of train.py; choose another folder")
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    return out
+
+
+def toy_world(config: TrainConfig):
+    """The toy world's files, made where they are missing; returns the measure of its captions."""
+    from toy import world  # only this job needs it
+
+    folder = world.build(Path(__file__).parent / "toy" / "data")
+    config.data, config.tests = str(folder / "train.jsonl"), config.tests or str(folder / "test" / "tests.json")
+    return world.score_captions
+
+
+def retrieved(run: Run, tests: Path, queries: int = 4) -> list[tuple[str, list[tuple[Path, bool]]]]:
+    """For a few captions the five nearest pictures of the retrieval test, for `gallery`."""
+    test = json.loads(tests.read_text())["retrieval"]
+    items = read_karpathy(
+        tests.parent / test["file"], tests.parent / test.get("images", "."), test.get("split", "test")
+    )
+    embeddings, paths = Embeddings(run), [path for path, _ in items]
+    images = embeddings.images(paths)
+    rows = []
+    for path, captions in items[:queries]:
+        nearest = (images @ embeddings.texts(captions[:1])[0]).topk(5).indices.tolist()
+        rows.append((captions[0], [(paths[index], paths[index] == path) for index in nearest]))
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_arguments(arguments)
+    try:
+        config.check()
+        job(config)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+def job(config: TrainConfig) -> None:
+    started = time.perf_counter()
+    score = None if config.data else toy_world(config)
+    run = load_base(config.model, config.device or None, config.image_prompt, config.text_prompt)
+    model, tests = run.model, Path(config.tests) if config.tests else None
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{config.model}: {count / 1e6:.1f} M parameters on {model.device} in {str(model.dtype)[6:]}")
+    before = evaluate(run, tests, score) if tests else {}
+    if before:
+        print_table({"untrained": summary(before)})
+    first_rows = retrieved(run, tests) if "retrieval" in before else []
+    captions_before = caption(run, [open_image(first_rows[0][1][0][0])]) if first_rows else []
+
+    add_adapters(run, config)
+    dataset = CaptionDataset(config.data, run.layout, run.processor, config.image_root or None, config.contrast)
+    trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    print(f"{trainable:,} of them to train ({100 * trainable / count:.1f} %), {len(dataset):,} images in {config.data}")
+    for reason, number in dataset.faults.items():
+        print(f"  {number} lines left out: {reason}")
+    out = prepare_run_folder(config)
+    train(run, config, dataset, out)
+
+    after = evaluate(run, tests, score) if tests else {}
+    results = {"before": before, "after": after, "seconds": time.perf_counter() - started, "seed": config.seed}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if after:
+        rows = {"untrained": summary(before), "trained": summary(after)}
+        rows["difference"] = {name: value - rows["untrained"][name] for name, value in rows["trained"].items()}
+        print_table(rows | paper_rows())
+    if first_rows:
+        picture = first_rows[0][1][0][0]
+        gallery(out / "retrieval.png", [(f"{name}: {query}", found) for pair in zip(
+            [("before", *row) for row in first_rows], [("after", *row) for row in retrieved(run, tests)]
+        ) for name, query, found in pair])  # fmt: skip
+        print(f"{picture}\n  before: {captions_before[0]}\n  after:  {caption(run, [open_image(picture)])[0]}")
+    print(f"{time.perf_counter() - started:.0f} s. The run is in {out}. Next, for example:")
+    print(f"  python eval.py caption IMAGE --model {out}\n  python train.py --help")
+
+
+def parse_arguments(arguments: list[str] | None) -> TrainConfig:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for f in dataclasses.fields(TrainConfig):
+        text = f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            parser.add_argument(f"--{f.name}", type=f.type, default=f.default, metavar=f.type.__name__, help=text)
+    return TrainConfig(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()
