@@ -1,8 +1,8 @@
 """LLaVA in pure PyTorch: a vision tower, a two-layer projector, a language model. Images and ids in, hidden states out.
 
     model = Llava.from_pretrained("llava-1.5-7b-hf", dtype=torch.bfloat16, device="cuda")
-    hidden = model(input_ids, pixel_values)                       # (B, T, D), after the final norm
-    answers = model.generate([[1, 3148, 1001, ...]], pixel_values)  # lists of token ids
+    hidden = model(input_ids, pixel_values)                          # (B, T, D), after the final norm
+    answers = model.generate([[1, 3148, 1001, ...]], pixel_values)   # lists of token ids
 
 One class per box of the diagram, from the bottom up. Attributes carry the parameter names of Hugging Face checkpoints,
 so that loading is a renaming of prefixes and nothing else; what is read and what is refused is at the end of the file.
@@ -29,8 +29,6 @@ class CheckpointError(ValueError):
 
 
 # ---- Configuration: Hugging Face's keys and defaults, as released config.json files omit what equals a default.
-
-
 @dataclass
 class VisionConfig:
     """A CLIP or SigLIP vision tower; these are CLIP's defaults, what differs for SigLIP is in `DEFAULTS`."""
@@ -52,8 +50,9 @@ class VisionConfig:
         return self.model_type == "clip_vision_model"
 
     @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+    def num_states(self) -> int:
+        """Hidden states of one image: its patches, and CLIP's class token in front of them."""
+        return (self.image_size // self.patch_size) ** 2 + self.is_clip
 
 
 @dataclass
@@ -117,7 +116,7 @@ class LlavaConfig:
     @property
     def num_image_tokens(self) -> int:
         """Positions that one image takes in `input_ids`: 576 for LLaVA-1.5, 729 for the interleave models."""
-        return self.vision.num_patches + self.vision.is_clip - (self.vision_feature_select_strategy == "default")
+        return self.vision.num_states - (self.vision_feature_select_strategy == "default")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "LlavaConfig":
@@ -134,31 +133,30 @@ class LlavaConfig:
         # A tied head is announced at either level; the interleave models say so in text_config only.
         config["text"].tie_word_embeddings |= raw.get("tie_word_embeddings") is True
         raw = {"image_token_id": raw.get("image_token_index")} | raw  # the old name of the key; the new one wins
-        config = read_fields(cls, f"{path}: ", raw, config)
-        config.check(path)
-        return config
+        return read_fields(cls, f"{path}: ", raw, config).checked(path)
 
-    def check(self, where: str | Path) -> None:
-        """Raise CheckpointError, with every reason, unless the numbers fit together."""
+    def checked(self, where: str | Path) -> "LlavaConfig":
+        """Itself. Raises CheckpointError, with every reason, unless the numbers fit together."""
         v, t, strategy = self.vision, self.text, self.vision_feature_select_strategy
         rules = [
             (v.hidden_act in ACTIVATIONS, f"vision hidden_act {v.hidden_act!r} is unknown"),
             (self.projector_hidden_act in ACTIVATIONS, f"projector_hidden_act {self.projector_hidden_act!r}"),
-            (t.hidden_act == "silu", f"text_config.hidden_act {t.hidden_act!r} is unknown, only 'silu' is not"),
+            (t.hidden_act == "silu", f"text_config.hidden_act {t.hidden_act!r} is not 'silu'"),
             (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r} is unknown"),
             (v.hidden_size % v.num_attention_heads == 0, f"vision hidden_size {v.hidden_size}"),
             (t.num_attention_heads % t.num_key_value_heads == 0, f"{t.num_key_value_heads} key/value heads do not fit"),
             (t.head_dim % 2 == 0 < t.head_dim, f"head_dim {t.head_dim} is not even, rotary embeddings need it"),
             (v.patch_size <= v.image_size, f"patch_size {v.patch_size} > image_size {v.image_size}"),
+            (max(v.num_hidden_layers, t.num_hidden_layers) <= 1000, "more than 1000 layers"),
             (0 < abs(self.vision_feature_layer) <= v.num_hidden_layers, f"no vision layer {self.vision_feature_layer}"),
             (0 <= self.image_token_id < t.vocab_size, f"image_token_index {self.image_token_id} is not a token"),
         ]
         if faults := [fault for fine, fault in rules if not fine]:
             raise CheckpointError(f"{where}: " + "; ".join(faults))
+        return self
 
     def to_dict(self) -> dict:
         """The config.json of a Hugging Face LLaVA folder."""
-        no_head = {} if self.vision.is_clip else {"vision_use_head": False}  # SigLIP's pooling head is not in LLaVA
         ours = ("vision", "text", "image_token_id", "eos_token_ids")
         return {k: v for k, v in vars(self).items() if k not in ours} | {
             "architectures": ["LlavaForConditionalGeneration"],
@@ -166,14 +164,12 @@ class LlavaConfig:
             "image_token_index": self.image_token_id,
             "image_seq_length": self.num_image_tokens,
             "tie_word_embeddings": self.text.tie_word_embeddings,
-            "vision_config": vars(self.vision) | no_head,
+            "vision_config": vars(self.vision) | {"vision_use_head": False},  # LLaVA has no pooling head
             "text_config": vars(self.text) | {"eos_token_id": next(iter(self.eos_token_ids), None)},
         }
 
 
 # ---- Vision tower. CLIP: github.com/openai/CLIP (model.py); SigLIP: arXiv 2303.15343. Patches attend both ways.
-
-
 class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -202,7 +198,7 @@ class VisionTower(nn.Module):
         self.config, D, P = config, config.hidden_size, config.patch_size
         self.embeddings, self.encoder = nn.Module(), nn.Module()  # names in the checkpoint, nothing more
         self.embeddings.patch_embedding = nn.Conv2d(config.num_channels, D, P, stride=P, bias=not config.is_clip)
-        self.embeddings.position_embedding = nn.Embedding(config.num_patches + config.is_clip, D)
+        self.embeddings.position_embedding = nn.Embedding(config.num_states, D)
         if config.is_clip:  # "layrnorm" is how CLIP's checkpoints spell it
             self.embeddings.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
             self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
@@ -212,12 +208,11 @@ class VisionTower(nn.Module):
         """pixel_values (B, 3, image_size, image_size) -> the feature layer's hidden state (B, patches (+ 1), D)."""
         if pixel_values.shape[-2:] != (self.config.image_size,) * 2:
             raise ValueError(f"pixel_values {tuple(pixel_values.shape)} are not {self.config.image_size} pixels square")
-        patch_embedding, position_embedding = self.embeddings.patch_embedding, self.embeddings.position_embedding
-        x = patch_embedding(pixel_values.to(patch_embedding.weight.dtype))
+        x = self.embeddings.patch_embedding(pixel_values.to(self.embeddings.patch_embedding.weight.dtype))
         x = x.flatten(2).transpose(1, 2)  # (B, patches, D), row by row
         if self.config.is_clip:
             x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
-        x = x + position_embedding.weight
+        x = x + self.embeddings.position_embedding.weight
         if self.config.is_clip:
             x = self.pre_layrnorm(x)
         for layer in self.encoder.layers:
@@ -240,11 +235,8 @@ class MultiModalProjector(nn.Module):
 
 
 # ---- Language model: LLaMA (arXiv 2302.13971); Qwen2 is the same with biases on q, k and v.
-
-
 def rotary_embedding(positions, head_dim: int, theta: float, dtype: torch.dtype):
-    """Cosine and sine of every position's angles (RoPE, arXiv 2104.09864), in fp32 until the last cast.
-
+    """Cosine and sine of every position's angles, in fp32 until the last cast (RoPE, arXiv 2104.09864).
     positions (B or 1, T) -> two tensors (B or 1, 1, T, head_dim), the second half of the last axis repeating the first.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
@@ -370,8 +362,6 @@ class KVCache:
 
 
 # ---- LLaVA: arXiv 2304.08485.
-
-
 class Llava(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -452,8 +442,7 @@ class Llava(nn.Module):
         new = [prompt[len(seen) :] for prompt, seen in zip(prompts, cache.tokens)]
         if pixel_values is None and any(self.config.image_token_id in row for row in new):
             raise ValueError("the prompts hold image tokens, but there are no pixel_values")
-        answers: list[list[int]] = [[] for _ in prompts]
-        running = [True] * len(prompts)
+        answers, running = [[] for _ in prompts], [True] * len(prompts)
         for step in range(max_new_tokens):
             width = max(map(len, new))
             input_ids = torch.tensor([row + [0] * (width - len(row)) for row in new], device=self.device)
@@ -513,16 +502,14 @@ def choose_tokens(logits, temperature: float, top_p: float, generator=None):
 
 
 # ---- Checkpoint files: data from strangers. Names and shapes are checked, nothing is executed, pickle is never opened.
-
-
 def read_json(path: Path) -> dict:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"a JSON {type(raw).__name__}, not an object")
+        return raw
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {broken_download(path)}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+        raise CheckpointError(f"{path}: cannot be read ({error}); {broken_download(path)}") from None
 
 
 def read_section(cls, path: Path, name: str, raw: dict):
@@ -551,8 +538,8 @@ def read_fields(cls, where: str, raw: dict, known: dict | None = None):
         if f.name in values or value is None:
             continue
         fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
-        signed = f.name.endswith(("_id", "_layer")) or isinstance(value, str)
-        if not fits or isinstance(value, bool) != (f.type is bool) or not (signed or 0 <= value < 2**31):
+        free = f.name.endswith(("_id", "_layer")) or isinstance(value, str | bool)  # need not be positive
+        if not fits or isinstance(value, bool) != (f.type is bool) or not (free or 0 < value < 2**31):
             raise CheckpointError(f"{where}{f.name} is {value!r}, expected {getattr(f.type, '__name__', f.type)}")
         values[f.name] = value
     return cls(**values)
@@ -591,7 +578,7 @@ def broken_download(path: Path) -> str:
     with open(path, "rb") as file:
         head = file.read(8)
     if head == b"version ":
-        return "it is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again"
+        return "it is a Git LFS pointer: run `git lfs pull`, or download the file itself"
     return "it is an HTML page: download it again" if head[:1] == b"<" else "the download may be incomplete: repeat it"
 
 
@@ -608,11 +595,9 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        found = ", ".join(sorted(path.name for path in folder.glob("*.*") if path.suffix != ".json")[:5])
-        raise CheckpointError(
-            f"{folder}: there is no model.safetensors and no model.safetensors.index.json, only: {found or 'nothing'}. "
-            "Pickle files (.bin, .pt) are not read: get the safetensors version, or convert with transformers"
-        )
+        found = ", ".join(sorted(path.name for path in folder.glob("*.*") if path.suffix != ".json")[:5]) or "nothing"
+        advice = "Pickle (.bin) is never read: get the safetensors version, or convert with transformers"
+        raise CheckpointError(f"{folder}: no model.safetensors(.index.json), only: {found}. {advice}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(type(v) is str for v in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must be an object from tensor names to file names")
@@ -648,8 +633,9 @@ def is_unused(name: str, config: LlavaConfig) -> bool:
 def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
     """Give a model on the meta device its weights: first all names and shapes are checked, then tensors are read."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    stored_in, faults = {}, []
+    sources, seen, faults = {}, set(), []
     for path in weight_files(folder):
+        sources[path] = {}
         with open_weights(path) as file:
             for stored in file.keys():  # noqa: SIM118, the handle is not a dict
                 name, tensor = canonical_name(stored), file.get_slice(stored)
@@ -657,33 +643,32 @@ def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.d
                 if is_unused(name, model.config):
                     continue
                 if kind not in ("F64", "F32", "F16", "BF16"):
-                    advice = "quantised checkpoints cannot be read, use the original in fp16, bf16 or fp32"
-                    raise CheckpointError(f"{path}: {stored} ({kind}) is not a float tensor; {advice}")
+                    raise CheckpointError(f"{path}: {stored} is {kind}: quantised; use the fp16, bf16 or fp32 original")
                 if name not in expected:
                     faults.append(f"unexpected: {stored} {shape}")
                 elif shape != expected[name]:
                     faults.append(f"wrong shape: {stored} {shape}, expected {expected[name]}")
-                elif name in stored_in:
-                    faults.append(f"twice: {stored} and {stored_in[name][1]}")
-                stored_in[name] = path, stored
+                elif name in seen:
+                    faults.append(f"twice: {stored}")
+                sources[path][name] = stored
+                seen.add(name)
     tied = model.config.text.tie_word_embeddings
-    missing = [name for name in expected if name not in stored_in and not (tied and name == "lm_head.weight")]
+    missing = [name for name in expected if name not in seen and not (tied and name == "lm_head.weight")]
     faults += [f"missing: {name} {expected[name]}" for name in missing]
     if faults:
         shown = faults[:30] + [f"and {len(faults) - 30} more"] * (len(faults) > 30)
         raise CheckpointError(f"{folder}: {len(faults)} tensors do not fit config.json\n  " + "\n  ".join(shown))
 
-    for path in dict.fromkeys(path for path, _ in stored_in.values()):
+    for path, names in sources.items():
         with open_weights(path) as file:  # tensors are views of the mapped file: only what is converted is copied
-            for name, (shard, stored) in stored_in.items():
-                if shard == path:
-                    owner, _, attribute = name.rpartition(".")
-                    tensor = file.get_tensor(stored).to(device=device, dtype=dtype)
-                    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
-    if tied and "lm_head.weight" in stored_in:  # believe the file: a head unlike the embedding is not tied
-        embedding = model.language_model.embed_tokens.weight
-        model.config.text.tie_word_embeddings = torch.equal(model.lm_head.weight, embedding)
-    if model.config.text.tie_word_embeddings:
+            for name, stored in names.items():
+                owner, _, attribute = name.rpartition(".")
+                tensor = file.get_tensor(stored).to(device=device, dtype=dtype)
+                setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+    if tied and "lm_head.weight" in seen:  # believe the file: a head unlike the embedding is not tied
+        tied = torch.equal(model.lm_head.weight, model.language_model.embed_tokens.weight)
+    model.config.text.tie_word_embeddings = tied
+    if tied:
         model.lm_head.weight = model.language_model.embed_tokens.weight
 
 
@@ -712,5 +697,5 @@ def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(index + "\n")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

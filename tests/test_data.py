@@ -308,6 +308,7 @@ def test_pixels_equal_transformers(tmp_path, name):
 BAD_FIELDS = {
     "size": [..., None, 0, -1, True, 3.5, "336", [336], {}, {"height": 3}, {"longest_edge": 9}, {"shortest_edge": 335}]
     + [{"shortest_edge": edge} for edge in (0, True, 336.0, "336", 10**9)]
+    + [{"shortest_edge": 336, "longest_edge": 400}]
     + [{"height": height, "width": 9} for height in (0, None, "9", 10**9)],
     "crop_size": [..., None, 0, "336", [], {}, {"height": 336}, {"height": 400, "width": 9}],
     "resample": [None, 99, -1, "bicubic", []],

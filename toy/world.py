@@ -477,7 +477,7 @@ def build_evaluation(folder: Path, split: str, rng: random.Random, number: int, 
         "sugarcrepe": {"file": "sugarcrepe", "images": f"../images/{split}"},
         "sugarcrepe++": {"file": "sugarcrepe++", "images": f"../images/{split}"},
         "winoground": {"file": "winoground/examples.jsonl", "images": "winoground/images"},
-        "captioning": {"file": f"../{split}.jsonl"},
+        "captioning": {"file": f"../{split}.jsonl", "images": ".."},
     }
     save_json(folder / split / "tests.json", tests)
     return dict(counts)
