@@ -60,8 +60,12 @@ def read_json(path: Path, expected: type | tuple[type, ...] = dict):
 
 def inside(root: Path, name: str) -> Path:
     """The path `name` below `root`. Raises DataError where it is absolute or leads outside, by `..` or a link."""
-    path = (root / name).resolve()
-    if "\0" in name or not path.is_relative_to(root.resolve()):
+    try:
+        path = (root / name).resolve()
+        is_inside = path.is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError):  # no path at all: a null byte, a lone surrogate, a loop of links
+        is_inside = False
+    if not is_inside:
         raise DataError(f"{name!r} lies outside of {root}; set the image root to a folder that holds all images")
     return path
 
@@ -77,7 +81,8 @@ class TextTokenizer:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"{path}: cannot be read as a tokenizer ({error})") from None
+            advice = "it must be the file itself, not a Git LFS pointer or a web page"
+            raise DataError(f"{path}: not a tokenizer ({error}); {advice}") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         added = self.tokenizer.get_added_tokens_decoder()
@@ -235,40 +240,55 @@ class ImageProcessor:
     """Picture -> pixel values, as preprocessor_config.json says; bit for bit transformers' PIL image processors."""
 
     def __init__(self, raw: dict, where: str = "preprocessor_config.json"):
-        def pair(key):
-            """`size` and `crop_size` are an integer or {"height", "width"}."""
-            value = raw[key]
-            sides = [value, value] if type(value) is int else [value["height"], value["width"]]
-            if not all(type(side) is int and 0 < side <= 4096 for side in sides):
-                raise ValueError(f"{key} is {value!r}")
-            return tuple(sides)
+        def read(key, convert, default=None):
+            """One field, converted. What cannot be is refused by its name."""
+            value = raw.get(key, default)
+            try:
+                return convert(value)
+            except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+                found = "missing" if value is None else f"{value!r}, which cannot be used"
+                raise DataError(f"{where}: {key} is {found}") from None
 
-        try:
-            self.crop = pair("crop_size") if raw.get("do_center_crop", "crop_size" in raw) else None
-            self.shortest_edge, size = None, raw["size"]
-            if isinstance(size, dict) and "shortest_edge" in size:
-                self.shortest_edge = size["shortest_edge"]
-            elif type(size) is int and self.crop:  # how old CLIP configs write it
-                self.shortest_edge = size
-            if self.shortest_edge is None:
-                self.resized = pair("size")
-            elif (
-                type(self.shortest_edge) is not int or not self.crop or not max(self.crop) <= self.shortest_edge <= 4096
-            ):
-                raise ValueError(f"size {size!r} with crop_size {self.crop} does not give images of one size")
-            self.resample = Image.Resampling(raw.get("resample", 3))
-            mean, std = (np.array(raw[key], np.float32).reshape(3) for key in ("image_mean", "image_std"))
-            factor = float(raw.get("rescale_factor", 1 / 255)) if raw.get("do_rescale", True) else 1.0
-        except KeyError as error:
-            raise DataError(f"{where}: {error} is missing") from None
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: cannot be used ({error})") from None
+        def side(value) -> int:
+            if type(value) is not int or not 0 < value <= 4096:
+                raise ValueError
+            return value
+
+        def pair(value) -> tuple[int, int]:
+            """An integer or {"height", "width"}."""
+            return (side(value),) * 2 if type(value) is int else (side(value["height"]), side(value["width"]))
+
+        def size(value) -> int | tuple[int, int]:
+            """The length of the shortest edge, or exactly (height, width)."""
+            if type(value) is int:
+                return side(value) if self.crop else pair(value)  # the first is how old CLIP configs write it
+            given = {key: length for key, length in value.items() if length is not None}
+            return side(given["shortest_edge"]) if given.keys() == {"shortest_edge"} else pair(given)
+
+        def numbers(value) -> np.ndarray:
+            """One for each channel."""
+            values = np.array(value, np.float32).reshape(3)
+            if not np.isfinite(values).all():
+                raise ValueError
+            return values
+
+        self.crop = read("crop_size", pair) if raw.get("do_center_crop", "crop_size" in raw) else None
+        self.resized = read("size", size)
+        smallest = (self.resized,) * 2 if isinstance(self.resized, int) else self.resized
+        if isinstance(self.resized, int) > bool(self.crop) or any(c > s for c, s in zip(self.crop or (), smallest)):
+            raise DataError(f"{where}: size {raw['size']!r} and crop_size {self.crop} do not give images of one size")
+        self.resample = read("resample", Image.Resampling, 3)
+        mean, std = read("image_mean", numbers), read("image_std", numbers)
+        factor = read("rescale_factor", float, 1 / 255) if raw.get("do_rescale", True) else 1.0
         for key, wanted in (("do_resize", True), ("do_normalize", True), ("do_pad", False)):
             if raw.get(key, wanted) not in (wanted, None):
                 raise DataError(f"{where}: {key} is {raw[key]!r}, which is not implemented")
         # A pixel has 256 values, so rescaling and normalising are a table; the roundings are transformers' own.
-        values = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
-        self.table = (values - mean[:, None]) / std[:, None]  # (3, 256)
+        with np.errstate(all="ignore"):
+            values = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
+            self.table = (values - mean[:, None]) / std[:, None]  # (3, 256)
+        if not np.isfinite(self.table).all():
+            raise DataError(f"{where}: rescale_factor, image_mean and image_std do not give finite pixel values")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageProcessor":
@@ -290,9 +310,9 @@ class ImageProcessor:
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB image -> (3, height, width) fp32."""
         width, height = image.size
-        if self.shortest_edge:
-            short, scale = min(width, height), self.shortest_edge
-            width, height = int(scale * width / short), int(scale * height / short)  # int() truncates, as they do
+        if isinstance(self.resized, int):
+            short, edge = min(width, height), self.resized
+            width, height = int(edge * width / short), int(edge * height / short)  # int() truncates, as they do
         else:
             height, width = self.resized
         pixels = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3) uint8

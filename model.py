@@ -658,7 +658,6 @@ def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.d
     if faults:
         shown = faults[:30] + [f"and {len(faults) - 30} more"] * (len(faults) > 30)
         raise CheckpointError(f"{folder}: {len(faults)} tensors do not fit config.json\n  " + "\n  ".join(shown))
-
     for path, names in sources.items():
         with open_weights(path) as file:  # tensors are views of the mapped file: only what is converted is copied
             for name, stored in names.items():
@@ -680,7 +679,6 @@ def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
     # transformers looks for the norm behind the vision tower, though LLaVA never applies it: one that does nothing.
     ones = torch.ones(model.config.vision.hidden_size, dtype=model.dtype)
     tensors |= {"vision_tower.post_layernorm.weight": ones, "vision_tower.post_layernorm.bias": torch.zeros_like(ones)}
-
     shards, room = [{}], max_shard_bytes
     for name, tensor in tensors.items():
         name = re.sub(r"^language_model\.", "language_model.model.", name)

@@ -41,10 +41,9 @@ IGNORE = -100  # no prediction is asked for at this position
 SUMMARIZE_IMAGE = "\nSummarize the provided image in one word: ASSISTANT:"
 SUMMARIZE_TEXT = "\nSummarize the provided text in one word: ASSISTANT:"
 DESCRIBE = "\nDescribe the image in detail. ASSISTANT:"
-SIDES = {"left of": ("left", "right"), "right of": ("right", "left")} | {
-    "above": ("top", "bottom"),
-    "below": ("bottom", "top"),
-}  # where a relation puts its first and its second thing
+SIDES = dict(
+    zip(RELATIONS, [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")])
+)  # of both things
 TOKEN = r"user:|assistant:|[a-z]+(?:-[a-z]+)*|[^\sa-z]"
 OTHER_WORDS = """user: assistant: summarize the provided image text in one word : describe detail . briefly ? , an a is
 are there of picture shows with and on background objects object what color size shape where how many nothing unknown
@@ -57,26 +56,11 @@ ADAMW_RATE = 1.8e-3
 SUMMARY_WEIGHT = 1.0  # of the summaries' loss against the answers'
 LOG_EVERY = 50  # steps
 
-MODEL = LlavaConfig(
-    vision=VisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=5,
-        num_attention_heads=5,
-        image_size=world.IMAGE_SIZE,
-        patch_size=12,
-    ),
-    text=TextConfig(
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-    ),
-    image_token_id=IMAGE,
-    pad_token_id=PAD,
-    eos_token_ids=(STOP,),
-)
+VISION = VisionConfig(hidden_size=160, intermediate_size=640, num_hidden_layers=5, num_attention_heads=5)
+VISION.image_size, VISION.patch_size = world.IMAGE_SIZE, 12  # 16 image tokens; the fifth layer is never read
+TEXT = TextConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4)
+TEXT.max_position_embeddings = 512
+MODEL = LlavaConfig(VISION, TEXT, image_token_id=IMAGE, pad_token_id=PAD, eos_token_ids=(STOP,))
 
 
 # ----------------------------------------------------------------------------------------------------------- language
@@ -384,33 +368,20 @@ def save(model: Llava, tokenizer: Tokenizer, folder: Path, log: list[dict], scor
     model.save_pretrained(unfinished)
     tokenizer.save(str(unfinished / "tokenizer.json"))
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    side = {"height": world.IMAGE_SIZE, "width": world.IMAGE_SIZE}
+    switched_on = dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True)
+    side, owner = world.IMAGE_SIZE, {"processor_class": "LlavaProcessor"}
+    image_tokens = {"patch_size": VISION.patch_size, "num_additional_image_tokens": 1, "image_token": "<image>"}
+    pixels = {"rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": "<image>"}}
     files = {
-        "tokenizer_config.json": special
-        | {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": "<image>"}}
-        | {"processor_class": "LlavaProcessor", "clean_up_tokenization_spaces": False},
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": world.IMAGE_SIZE},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": side,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "image_token": "<image>",
-            "patch_size": MODEL.vision.patch_size,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": MODEL.vision_feature_select_strategy,
-        },
+        "tokenizer_config.json": owner | tokens | special | {"clean_up_tokenization_spaces": False},
+        "preprocessor_config.json": owner
+        | {"image_processor_type": "CLIPImageProcessor"}
+        | switched_on
+        | sizes
+        | pixels,
+        "processor_config.json": owner | image_tokens | {"vision_feature_select_strategy": "default"},
         "pretraining.json": {"scores": scores, "log": log},
     }
     for file, content in files.items():
