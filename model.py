@@ -337,8 +337,8 @@ class KVCache:
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens a row at once, so that generation does not grow the cache at every step."""
-        extra = max(0, capacity - self.keys.shape[3])
-        self.keys, self.values = (F.pad(x, (0, 0, 0, extra)) for x in (self.keys, self.values))
+        if (extra := capacity - self.keys.shape[3]) > 0:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, extra)) for x in (self.keys, self.values))
 
     def extend(self, T: int):
         """Announce T new tokens a row -> their positions (B, T). `tokens` is the caller's to update afterwards."""
@@ -524,10 +524,10 @@ def read_section(cls, path: Path, name: str, raw: dict):
         raise CheckpointError(f"{where}use_sliding_window is on; sliding windows are not implemented")
     for key in ("rope_scaling", "rope_parameters"):  # old files have `rope_theta`, new ones `rope_parameters`
         rope = raw.get(key) or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        if not isinstance(rope, dict) or "factor" in rope or rope.get("rope_type", "default") != "default":
             raise CheckpointError(f"{where}{key} is {rope!r}; only plain rotary embeddings are implemented")
         raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
-    return read_fields(cls, where, known[kind] | {k: v for k, v in raw.items() if v is not None})
+    return read_fields(cls, where, known[kind] | raw)
 
 
 def read_fields(cls, where: str, raw: dict, known: dict | None = None):
@@ -557,7 +557,7 @@ def read_stop_tokens(path: Path, text: dict) -> tuple[int, ...]:
 
 
 def refuse_unsupported(path: Path, raw: dict) -> None:
-    kind, original = raw.get("model_type"), "LlavaLlamaForCausalLM" in (raw.get("architectures") or [])
+    kind, original = raw.get("model_type"), "LlavaLlamaForCausalLM" in str(raw.get("architectures"))
     reasons = {
         "LLaVA's original layout keeps its vision tower elsewhere and its weights in pickle; use the Hugging Face "
         "conversion of the same model, for example llava-hf/llava-1.5-7b-hf": "mm_vision_tower" in raw or original,
@@ -654,16 +654,17 @@ def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.d
                 seen.add(name)
     tied = model.config.text.tie_word_embeddings
     missing = [name for name in expected if name not in seen and not (tied and name == "lm_head.weight")]
-    faults += [f"missing: {name} {expected[name]}" for name in missing]
-    if faults:
+    if faults := faults + [f"missing: {name} {expected[name]}" for name in missing]:
         shown = faults[:30] + [f"and {len(faults) - 30} more"] * (len(faults) > 30)
         raise CheckpointError(f"{folder}: {len(faults)} tensors do not fit config.json\n  " + "\n  ".join(shown))
     for path, names in sources.items():
-        with open_weights(path) as file:  # tensors are views of the mapped file: only what is converted is copied
-            for name, stored in names.items():
-                owner, _, attribute = name.rpartition(".")
-                tensor = file.get_tensor(stored).to(device=device, dtype=dtype)
-                setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+        file, size = open_weights(path), 0  # tensors are views of the mapped file: only what is converted is copied
+        for name, stored in names.items():
+            owner, _, attribute = name.rpartition(".")
+            tensor = file.get_tensor(stored).to(device=device, dtype=dtype)
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+            if (size := size + tensor.nbytes) > 2**24:  # what was read counts as memory until the file is closed
+                file, size = open_weights(path), 0
     if tied and "lm_head.weight" in seen:  # believe the file: a head unlike the embedding is not tied
         tied = torch.equal(model.lm_head.weight, model.language_model.embed_tokens.weight)
     model.config.text.tie_word_embeddings = tied

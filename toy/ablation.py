@@ -1,0 +1,263 @@
+"""The paper's table 4 and more, on the toy world: which part brings what, over three seeds.
+
+    python -m toy.ablation                  every row and seed that toy/ablation.json lacks, then the tables
+    python -m toy.ablation --rows "both + AR" "CLIP from scratch" --seeds 0 --split val
+
+All rows see the same scenes for the same number of steps, in the order that the seed gives; the CLIP trained from
+scratch gets the seconds that the same seed's "both + AR" took. Results are written after each run, so an interrupted
+ablation goes on where it stopped. Choices were made on the validation split; the tables are of the test split.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import CaptionDataset, ResumableSampler, open_image
+from eval import TESTS, Embeddings, Run, evaluate, load_base, read_json, summary
+from losses import contrastive_loss
+from model import LanguageModel, VisionTower
+from toy import world
+from train import TrainConfig, add_adapters, learning_rate_factor, make_optimizer, train
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "ablation.json"
+NO_AR = {"ar_weight": 0.0}
+ROWS = {  # what differs from the default settings
+    "no training": {"steps": 0},
+    "soft prompts": NO_AR | {"lora_rank": 0},
+    "LoRA (VLM2Vec's recipe)": NO_AR | {"soft_prompts": False},
+    "both": NO_AR,
+    "both + AR": {},
+    "both + AR, random batches": {"groups": False},
+    "AR only": {"contrastive_weight": 0.0},
+    "long captions contrasted": NO_AR | {"contrast": "long"},
+    "text only (E5-V's recipe)": {"soft_prompts": False},
+    "CLIP from scratch": {},
+    "CLIP from scratch, random batches": {"groups": False},
+}
+# What the paper says goes up: (from, to, columns).
+ORDERINGS = [
+    ("no training", "soft prompts", ("T2I@1", "I2T@1", "replace", "swap", "add")),
+    ("soft prompts", "LoRA (VLM2Vec's recipe)", ("T2I@1", "replace", "swap")),
+    ("LoRA (VLM2Vec's recipe)", "both", ("T2I@1", "I2T@1", "replace", "swap")),
+    ("both", "both + AR", ("T2I@1", "replace", "swap", "add", "wino group", "attributes")),
+    ("AR only", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add")),
+    ("long captions contrasted", "both", ("T2I@1", "I2T@1")),
+    ("text only (E5-V's recipe)", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add", "attributes")),
+    ("LoRA (VLM2Vec's recipe)", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add", "attributes")),
+    ("CLIP from scratch", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add", "wino text", "wino group")),
+    ("both + AR, random batches", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "wino group")),
+]
+
+
+def train_text_only(run: Run, config: TrainConfig, dataset: CaptionDataset) -> None:
+    """E5-V (arXiv 2407.12580): two captions of one scene must find each other among the batch's, no image is seen.
+
+    One direction and temperature 0.05, as there; its entailment pairs become pairs of captions of the same scene.
+    """
+    optimizer = make_optimizer(run.model, nn.Parameter(torch.zeros(())), config)
+    batches = ResumableSampler(dataset.units, config.batch_size, config.steps, config.seed)
+    for step, keys in enumerate(tqdm(batches, desc="text only", unit="step", leave=False)):
+        pairs = []
+        for index, draw in keys:
+            short, _ = dataset.captions(dataset.record(index))
+            pairs.append((short[draw % len(short)], short[(draw + 1) % len(short)]))
+        rows = [[torch.tensor(run.layout.text_side(text)) for text in side] for side in zip(*pairs)]
+        anchors, positives = (embed_rows(run.model, side) for side in rows)
+        similarity = F.normalize(anchors, dim=-1) @ F.normalize(positives, dim=-1).T / 0.05
+        optimize(F.cross_entropy(similarity, torch.arange(len(pairs))), optimizer, step, config)
+
+
+def embed_rows(model: nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
+    last = torch.tensor([len(row) - 1 for row in rows])
+    hidden = model(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    return hidden[torch.arange(len(rows)), last]
+
+
+def optimize(loss: torch.Tensor, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Clip(nn.Module):
+    """CLIP (arXiv 2103.00020) with the sizes of TinyLLaVA's parts: class token and last text token, projected."""
+
+    def __init__(self, run: Run):
+        super().__init__()
+        config = run.model.config
+        self.layout, self.processor = run.layout, run.processor
+        self.vision = VisionTower(config.vision, config.vision.num_hidden_layers)
+        self.text = LanguageModel(config.text)
+        self.project = nn.Linear(config.vision.hidden_size, config.text.hidden_size, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.project(self.vision(pixel_values)[:, 0])
+
+    def texts(self, captions: list[str]) -> torch.Tensor:
+        tokenizer = self.layout.tokenizer
+        ids = [torch.tensor([*tokenizer.begin, *tokenizer.encode(text), self.layout.stop_id]) for text in captions]
+        hidden = self.text(self.text.embed_tokens(nn.utils.rnn.pad_sequence(ids, batch_first=True)))
+        return hidden[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
+
+
+class ClipEmbeddings(Embeddings):
+    """What the tests ask for, from a Clip."""
+
+    def __init__(self, clip: Clip):
+        self.clip, self.known = clip, {}
+
+    @torch.no_grad()
+    def images(self, paths):
+        encode = lambda part: self.clip.images(torch.stack([self.clip.processor(open_image(p)) for p in part]))  # noqa: E731
+        return self.look_up(paths, 256, "pictures", lambda part: F.normalize(encode(part), dim=-1))
+
+    @torch.no_grad()
+    def texts(self, captions):
+        return self.look_up(captions, 512, "captions", lambda part: F.normalize(self.clip.texts(part), dim=-1))
+
+
+def train_clip(run: Run, config: TrainConfig, dataset: CaptionDataset, seconds: float, peak_lr: float = 1e-3) -> Clip:
+    torch.manual_seed(config.seed)
+    clip, started, step = Clip(run), time.perf_counter(), 0
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05)
+    units = dataset.units if config.groups else range(len(dataset))
+    batches = iter(ResumableSampler(units, config.batch_size, 10**6, config.seed))
+    with tqdm(total=round(seconds), desc="CLIP from scratch", unit="s", leave=False) as progress:
+        while (elapsed := time.perf_counter() - started) < seconds:
+            progress.update(int(elapsed) - progress.n)
+            factor = min(1, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds)))
+            samples = [dataset[key] for key in next(batches)]
+            images = clip.images(torch.stack([sample.pixel_values for sample in samples]))
+            texts = clip.texts([sample.short for sample in samples])
+            for group in optimizer.param_groups:
+                group["lr"] = factor * peak_lr
+            contrastive_loss(images, texts, clip.log_scale.exp().clamp(max=100)).backward()
+            nn.utils.clip_grad_norm_(clip.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    return clip.eval()
+
+
+def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model: str) -> dict:
+    """Train one row with one seed and test it."""
+    config = TrainConfig(model=model, seed=seed, **{k: v for k, v in ROWS[name].items() if k != "steps"})
+    run = load_base(config.model, "cpu")
+    started = time.perf_counter()
+    if name == "no training":
+        return {"columns": summary(evaluate(run, tests, world.score_captions)), "seconds": 0.0}
+    if name.startswith("CLIP"):
+        clip = train_clip(run, config, CaptionDataset(data, run.layout, run.processor), seconds)
+        embeddings, tables = ClipEmbeddings(clip), {}
+        for test, s in read_json(tests).items():
+            if test != "captioning":
+                tables[test] = TESTS[test](
+                    embeddings, tests.parent / s["file"], tests.parent / s["images"], s.get("split", "test")
+                )
+        return {"columns": summary(tables), "seconds": seconds}
+    add_adapters(run, config)
+    dataset = CaptionDataset(data, run.layout, run.processor, contrast=config.contrast)
+    curve = []
+    if name.startswith("text only"):
+        train_text_only(run, config, dataset)
+    else:
+        out = Path("runs") / "ablation"
+        shutil.rmtree(out, ignore_errors=True)
+        (out / "checkpoints").mkdir(parents=True)
+        train(run, config, dataset, out)
+        curve = [json.loads(line)["contrastive"] for line in (out / "log.jsonl").read_text().splitlines()]
+    result = {"seconds": time.perf_counter() - started, "contrastive": [round(value, 4) for value in curve]}
+    run.model.eval()
+    return result | {"columns": summary(evaluate(run, tests, world.score_captions))}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % confidence interval (Student's t)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.inf
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
+    return mean, t * deviation / math.sqrt(len(values))
+
+
+def report(results: dict[str, dict[str, dict]]) -> str:
+    """Markdown: the table of means and intervals, and what became of the paper's orderings."""
+    names = [name for name in ROWS if name in results]
+    columns = list(dict.fromkeys(c for name in names for r in results[name].values() for c in r["columns"]))
+    lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = []
+        for column in columns:
+            values = [r["columns"][column] for r in results[name].values() if column in r["columns"]]
+            mean, half = interval(values) if values else (math.nan, 0)
+            spread = f" ± {half:.1f}" if name != "no training" and math.isfinite(half) else ""
+            cells.append(f"{mean:.1f}{spread}" if values else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| from | to | column | difference, paired by seed | the paper's direction is |",
+        "|---|---|---|---|---|",
+    ]
+    for first, second, wanted in ORDERINGS:
+        if first in results and second in results:
+            for column in wanted:
+                lines.append(verdict(results, first, second, column))
+    return "\n".join(lines)
+
+
+def verdict(results: dict, first: str, second: str, column: str) -> str:
+    base = results[first]
+    pairs = [(base.get(seed, base.get("0")), result) for seed, result in results[second].items()]
+    differences = [b["columns"][column] - a["columns"][column] for a, b in pairs if a and column in a["columns"]]
+    if not differences:
+        return f"| {first} | {second} | {column} | - | not measured |"
+    mean, half = interval(differences)
+    word = "within noise" if abs(mean) <= half else "reproduced" if mean > 0 else "not reproduced"
+    return f"| {first} | {second} | {column} | {mean:+.1f} ± {half:.1f} | {word} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument("--split", choices=["val", "test"], default="test", help="scenes of the tables (test)")
+    parser.add_argument("--model", default="toy/tiny-llava", help="the base (toy/tiny-llava)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results, read and extended (toy/ablation.json)")
+    args = parser.parse_args()
+    folder = world.build(HERE / "data")
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for seed in args.seeds:
+        for name in args.rows:
+            done = results.setdefault(name, {})
+            if str(seed) in done or (name == "no training" and done):
+                continue
+            print(f"{name}, seed {seed}")
+            seconds = results.get("both + AR", {}).get(str(seed), {}).get("seconds", 150.0)
+            done[str(seed)] = run_row(
+                name, seed, folder / args.split / "tests.json", folder / "train.jsonl", seconds, args.model
+            )
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
+    table = report(results)
+    args.out.with_suffix(".md").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
