@@ -8,9 +8,9 @@ One record of the training data is one line of JSON. Image paths are relative to
 
     {"image": "cats/017.jpg", "short": ["Two cats on a sofa."], "long": ["The photo shows two grey cats that ..."]}
 
-Every caption is routed by its length: under 30 tokens it feeds the contrastive loss, from 30 on the autoregressive
-loss, and over 500 it is cut behind a sentence (paper, section 3). Records that share a value under the optional key
-"group" come in the same batch, where they are each other's hard negatives.
+Every caption is routed by its length: under 30 tokens it feeds the contrastive loss, from 30 to 500 the autoregressive
+loss (as in the paper), and a longer one is cut behind a sentence (ours). Records that share a value under the optional
+key "group" stay neighbours, so that (but for a batch's border) they are each other's hard negatives.
 
 Everything read here is data from strangers: captions cannot inject special tokens, paths cannot leave their root, and
 what is broken is refused with a DataError or counted by reason, never skipped in silence.
@@ -97,6 +97,17 @@ class TextTokenizer:
         self.tokenizer.encode_special_tokens = not special
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_sentences(self, text: str, limit: int) -> list[int]:
+        """The ids of as many whole sentences as fit the limit, cut hard where that would lose more than half of it."""
+        self.tokenizer.encode_special_tokens = True
+        encoding = self.tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+        if len(encoding.ids) <= limit:
+            return encoding.ids
+        fitting = text[: encoding.offsets[limit - 1][1] + 1]
+        ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", fitting)]
+        whole = self.encode(text[: ends[-1]]) if ends else []
+        return whole if limit // 2 <= len(whole) <= limit else encoding.ids[:limit]
+
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, special tokens left out."""
         return self.tokenizer.decode(ids).strip()
@@ -112,9 +123,9 @@ class ChatTemplate:
     stop: str  # the token that ends an answer
 
 
-VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "", "</s>")  # LLaVA-1.5, TinyLLaVA
+VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "</s>", "</s>")  # LLaVA-1.5, TinyLLaVA, as they were trained
 CHATML = ChatTemplate(
-    "<|im_start|>user ", "<|im_end|><|im_start|>assistant", "<|im_end|>", "<|im_end|>"
+    "<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<|im_end|>", "<|im_end|>"
 )  # interleave-qwen
 
 
@@ -125,7 +136,8 @@ class Layout:
         text side    <s> USER: caption     | \\nSummarize the provided text in one word: ASSISTANT:
                                                                                                ^ the summary position
 
-    Each part between bars is tokenized on its own, so that a prompt's ids never depend on the text around it. With
+    Each part between bars is tokenized on its own, so that a prompt's ids never depend on the text around it (which
+    puts LLaMA's space token in front of the text prompt's line break, as it stands there after an image). With
     `soft_start`, the prompts' tokens are replaced by the ids soft_start, soft_start + 1, ... that lora.SoftPrompt
     embeds; `prompt_ids` are the hand-written tokens that these ids began as.
     """
@@ -345,8 +357,7 @@ class Chunk:
     pixel_values: torch.Tensor | None = None  # (b, 3, height, width); images only
 
     def to(self, device) -> "Chunk":
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if v is not None}
-        return Chunk(**moved)
+        return Chunk(**{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 @dataclass
@@ -384,7 +395,7 @@ class CaptionDataset(Dataset):
         self.path, self.layout, self.processor, self.contrast = Path(path), layout, processor, contrast
         self.root = Path(image_root) if image_root else self.path.parent
         offsets, groups, self.faults = [], {}, Counter()
-        self.units: list[int] = []  # records of one unit come in the same batch
+        self.units: list[int] = []  # records of one unit stay neighbours
         first_fault = ""
         for number, (offset, line) in enumerate(self.lines(), 1):
             try:
@@ -393,8 +404,8 @@ class CaptionDataset(Dataset):
                 self.faults[str(error)] += 1
                 first_fault = first_fault or f"line {number}: {error}"
                 continue
-            unit = len(groups)
-            self.units.append(groups.setdefault(("group", group) if group is not None else unit, unit))
+            unit = number if group is None else groups.setdefault(group, number)
+            self.units.append(unit)
             offsets.append(offset)
         self.offsets = np.array(offsets, np.int64)
         faulty = sum(self.faults.values())
@@ -428,9 +439,9 @@ class CaptionDataset(Dataset):
         """All captions of a record by their length: short ones as text, long ones as ids of at most LONGEST tokens."""
         short, long = [], []
         for text in record["short"] + record["long"]:
-            ids = self.layout.tokenizer.encode(text.strip())
+            ids = self.layout.tokenizer.encode_sentences(text.strip(), LONGEST)
             if len(ids) >= LONG:
-                long.append(ids if len(ids) <= LONGEST else cut_at_sentence(text.strip(), self.layout.tokenizer))
+                long.append(ids)
             elif ids:
                 short.append(text)
         return short, long
@@ -470,22 +481,11 @@ def parse_record(line: bytes) -> dict:
     return record
 
 
-def cut_at_sentence(text: str, tokenizer: TextTokenizer) -> list[int]:
-    """The ids of as many whole sentences as fit LONGEST tokens (or of one cut sentence, where the first is longer)."""
-    ids = tokenizer.encode(text)[:LONGEST]
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", text)]
-    for end in reversed(ends):
-        whole = tokenizer.encode(text[:end])
-        if LONG <= len(whole) <= LONGEST:
-            return whole
-    return ids
-
-
 class ResumableSampler(Sampler):
     """Batches of (record, draw) for `CaptionDataset`: a function of the seed and the step, so any step can be resumed.
 
-    Every epoch is a new permutation; the records of one unit stay neighbours. An epoch's last records that do not fill
-    a batch wait for the next permutation.
+    Every epoch is a new permutation; the records of one unit stay neighbours (a batch's border may part them). An
+    epoch's last records that do not fill a batch wait for the next permutation.
     """
 
     def __init__(self, units: list[int], batch_size: int, steps: int, seed: int = 0, first_step: int = 0):
@@ -516,14 +516,15 @@ class ResumableSampler(Sampler):
 def collate(samples: list[Sample | str], layout: Layout, micro_batch: int, caption_share: float = 1.0) -> Batch:
     """Lay samples out as sequences, sort them by length, pad them on the right, `micro_batch` at a time.
 
-    `caption_share` is the share of the images whose long caption is trained on: the first ones that have one.
+    `caption_share` is the share of the images with both kinds of captions whose long one is trained on, the first ones;
+    an image that has only a long caption always trains it.
     """
     good = [sample for sample in samples if isinstance(sample, Sample)]
-    supervised = math.ceil(caption_share * len(good))
+    supervised = math.ceil(caption_share * sum(sample.short is not None and sample.long is not None for sample in good))
     images, texts, num_pairs, num_tokens = [], [], 0, 0
     for sample in good:
-        caption = sample.long if supervised > 0 else None
-        supervised -= caption is not None
+        caption = sample.long if sample.short is None or supervised > 0 else None
+        supervised -= sample.short is not None and caption is not None
         pair = -1
         if sample.short is not None:
             pair, num_pairs = num_pairs, num_pairs + 1
@@ -581,6 +582,8 @@ def read_sugarcrepe(path: str | Path, image_root: str | Path, captions: tuple[st
     the path of its "image" and the fields named in `captions`."""
     content = read_json(Path(path), (dict, list))
     items = list(content.values()) if isinstance(content, dict) else content
+    if not items:
+        raise DataError(f"{path}: holds no items")
     with fields_of(path):
         return [
             {"image": inside(Path(image_root), item["filename"])} | {key: item[key].strip() for key in captions}
@@ -591,9 +594,11 @@ def read_sugarcrepe(path: str | Path, image_root: str | Path, captions: tuple[st
 def read_winoground(path: str | Path, image_root: str | Path) -> list[dict]:
     """examples.jsonl -> items with "caption_0", "caption_1" and the images of "image_0", "image_1" as paths."""
     try:
-        items = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+        items = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
+    if not items:
+        raise DataError(f"{path}: holds no examples")
     with fields_of(path):
         return [
             {key: item[key].strip() for key in ("caption_0", "caption_1")}

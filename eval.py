@@ -22,15 +22,16 @@ Axes: B batch, T tokens, D hidden.
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from data import (
@@ -49,13 +50,13 @@ from data import (
     read_sugarcrepe,
     read_winoground,
 )
-from lora import AdapterError, adapters, adapters_disabled, load_adapter
+from lora import AdapterError, SoftPrompt, adapters, adapters_disabled, load_adapter
 from model import CheckpointError, Llava
 
 ROOT = Path(__file__).parent
 TOY_MODEL = ROOT / "toy" / "tiny-llava"
 DESCRIBE = "Describe the image in detail."
-USER_ERRORS = (CheckpointError, DataError, AdapterError)
+USER_ERRORS = (CheckpointError, DataError, AdapterError, OSError)  # shown as one line, without a traceback
 
 
 @dataclass
@@ -92,7 +93,7 @@ def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
         raise DataError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
     if device.type != "cuda":
         return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:
@@ -104,23 +105,23 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
     if not (folder / "checkpoints").is_dir():
         return load_base(folder, device)
     settings = read_json(folder / "config.json")
-    try:
-        base, prompts = settings["model"], (settings["image_prompt"], settings["text_prompt"])
-        newest = (folder / "checkpoints" / "latest").read_text().strip()
-    except (KeyError, OSError) as error:
-        raise DataError(f"{folder}: not a complete run of train.py ({error})") from None
+    base, *prompts = (settings.get(key) for key in ("model", "image_prompt", "text_prompt"))
+    newest = (folder / "checkpoints" / "latest").read_bytes().decode("ascii", "replace").strip()
+    if not all(isinstance(text, str) for text in (base, *prompts)) or not re.fullmatch(r"step-\d+", newest):
+        raise DataError(f"{folder}: not a complete run of train.py (config.json, checkpoints/latest)")
     run = load_base(base, device, *prompts)
     load_adapter(run.model, folder / "checkpoints" / newest, run.layout.image_prompt, run.layout.text_prompt)
-    run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
+    if isinstance(run.model.language_model.embed_tokens, SoftPrompt):
+        run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
     return run
 
 
 def load_base(
     folder: str | Path, device: str | None, image_prompt: str = IMAGE_PROMPT, text_prompt: str = TEXT_PROMPT
 ) -> Run:
-    folder = Path(folder) if Path(folder).is_dir() else ROOT / folder
+    given, folder = folder, Path(folder) if Path(folder).is_dir() else ROOT / folder  # toy/tiny-llava from anywhere
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give a Hugging Face LLaVA folder or a run of train.py")
+        raise CheckpointError(f"{given}: no such folder; give a Hugging Face LLaVA folder or a run of train.py")
     where, dtype = pick_device(device)
     model = Llava.from_pretrained(folder, dtype, where)
     tokenizer, processor = TextTokenizer(folder), ImageProcessor.from_pretrained(folder)
@@ -135,22 +136,24 @@ def load_base(
             f"{folder}: preprocessor_config.json makes images of {processor.size}, config.json wants "
             f"{model.config.vision.image_size} pixels square"
         )
+    model.config.eos_token_ids = tuple({*model.config.eos_token_ids, layout.stop_id})
     return Run(model, layout, processor)
 
 
-# ---- Embeddings: the last hidden state at the summary position, at unit length (paper, section 3.1)
+# ---- Embeddings: the last hidden state at the summary position, at unit length
 
 
 @torch.no_grad()
 def encode_image(run: Run, images: list[Image.Image], batch_size: int = 64) -> torch.Tensor:
     """RGB images -> (B, D) fp32 on the CPU, unit length."""
-    ids, embeddings = run.layout.image_side(), []
+    ids, embeddings = run.layout.image_side(), torch.empty(len(images), run.model.config.text.hidden_size)
     for start in range(0, len(images), batch_size):
         pixel_values = run.pixel_values(images[start : start + batch_size])
         input_ids = torch.tensor([ids] * len(pixel_values), device=run.model.device)
         hidden = run.model(input_ids, pixel_values)  # (b, T, D), all of one length
-        embeddings.append(F.normalize(hidden[:, run.layout.image_summary].float(), dim=-1).cpu())
-    return torch.cat(embeddings)
+        summary = hidden[:, run.layout.image_summary]
+        embeddings[start : start + batch_size] = F.normalize(summary.float(), dim=-1).cpu()
+    return embeddings
 
 
 @torch.no_grad()
@@ -186,7 +189,12 @@ class Embeddings:
         new = list(dict.fromkeys(key for key in keys if key not in self.known))
         for start in tqdm(range(0, len(new), size), desc=f"embedding {len(new)} {name}", delay=2, leave=False):
             part = new[start : start + size]
-            self.known.update(zip(part, encode(part)))
+            vectors = encode(part)
+            if not vectors.isfinite().all():
+                raise DataError(
+                    f"the model's embeddings of {name} are not finite; it has diverged, or overflows in fp16"
+                )
+            self.known.update(zip(part, vectors))
         return torch.stack([self.known[key] for key in keys])
 
 
@@ -207,7 +215,7 @@ def recall_at_k(
     """
     own = scores.gather(1, image_of_text[:, None])  # (texts, 1)
     t2i_rank = (scores >= own).sum(dim=1) - 1
-    is_own = F.one_hot(image_of_text, scores.shape[1]).bool()
+    is_own = image_of_text[:, None] == torch.arange(scores.shape[1])
     best_own = scores.masked_fill(~is_own, -torch.inf).amax(dim=0)  # (images,)
     i2t_rank = ((scores >= best_own) & ~is_own).sum(dim=0)
     ranks = {"t2i": t2i_rank, "i2t": i2t_rank}
@@ -219,7 +227,7 @@ def percent(correct: torch.Tensor) -> float:
 
 
 def retrieval(embeddings: Embeddings, items: list[tuple[Path, list[str]]]) -> dict[str, float]:
-    """Flickr30k, COCO: FORMATS of Karpathy's split. `items` are (image, its captions)."""
+    """Flickr30k, COCO: `items` are (image, its captions); all images and all captions compete."""
     images = embeddings.images([path for path, _ in items])
     texts = embeddings.texts([text for _, captions in items for text in captions])
     image_of_text = torch.tensor([index for index, (_, captions) in enumerate(items) for _ in captions])
@@ -237,8 +245,8 @@ def sugarcrepe(embeddings: Embeddings, items: list[dict]) -> float:
 
 
 def sugarcrepe_pp(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
-    """One file of SugarCrepe++ (arXiv 2406.11171): both captions must beat the negative, for the image (itt), and each
-    other must be nearer to each other than to the negative, by text alone (tot)."""
+    """One file of SugarCrepe++ (arXiv 2406.11171). itt: for the image, both captions must beat the negative. tot: by
+    text alone, the two captions must be nearer to each other than either is to the negative."""
     image = embeddings.images([item["image"] for item in items])
     first, second, negative = (
         embeddings.texts([item[key] for item in items]) for key in ("caption", "caption2", "negative_caption")
@@ -276,17 +284,25 @@ def caption(
     prompt = (
         run.layout.image_side() if question is None and run.is_adapted else run.layout.question(question or DESCRIBE)
     )
-    answers = run.model.generate([prompt] * len(images), run.pixel_values(images), max_new_tokens, temperature)
+    room = room_for_answer(run, prompt, max_new_tokens)
+    answers = run.model.generate([prompt] * len(images), run.pixel_values(images), room, temperature)
     return [run.tokenizer.decode(answer) for answer in answers]
+
+
+def room_for_answer(run: Run, prompt: list[int], wanted: int) -> int:
+    """As many new tokens as are wanted and as the model has positions for. Raises DataError where there are none."""
+    room = run.model.config.text.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise DataError(f"{len(prompt)} tokens fill the model's positions; ask less, or start a new conversation")
+    return min(wanted, room)
 
 
 @torch.no_grad()
 def captioning(
     run: Run, path: Path, images: Path, question: str | None = None, limit: int = 256, score: Callable | None = None
 ) -> dict[str, float]:
-    """Share of the long captions' tokens that are the likeliest, given the image and all tokens before.
-
-    `score(generated, references)` may add measures of `limit` greedy captions.
+    """Of the first `limit` records, the share of the long captions' tokens that are the likeliest, given the image and
+    all tokens before. `score(generated, references)` may add measures of greedy captions.
     """
     layout = run.layout if question is None and run.is_adapted else run.layout.with_image_prompt(question or DESCRIBE)
     dataset = CaptionDataset(path, layout, run.processor, images)
@@ -304,7 +320,7 @@ def captioning(
     if score:
         pixels = torch.stack([sample.pixel_values for sample in samples]).to(run.model.device, run.model.dtype)
         answers = run.model.generate([layout.image_side()] * len(samples), pixels, max_new_tokens=128)
-        references = [dataset.record(index)["long"][0] for index in range(len(samples))]
+        references = [run.tokenizer.decode(sample.long) for sample in samples]
         result |= score([run.tokenizer.decode(answer) for answer in answers], references)
     return result
 
@@ -318,11 +334,12 @@ class Conversation:
         self.cache = run.model.new_cache(1)
 
     def ask(self, question: str) -> str:
-        first = not self.ids
-        self.ids += self.run.layout.question(question) if first else self.run.layout.next_question(question)
+        layout, first = self.run.layout, not self.ids
+        ids = self.ids + (layout.question(question) if first else layout.next_question(question))
         pixels = self.run.pixel_values([self.image]) if first else None
-        answer = self.run.model.generate([self.ids], pixels, self.max_new_tokens, cache=self.cache)[0]
-        self.ids += answer
+        room = room_for_answer(self.run, ids, self.max_new_tokens)
+        answer = self.run.model.generate([ids], pixels, room, cache=self.cache)[0]
+        self.ids = ids + answer
         return self.run.tokenizer.decode(answer)
 
 
@@ -338,7 +355,26 @@ PAPER_TABLE_4 = {  # LLaVA-1.5-7B, 1 M samples: T2I R@1, I2T R@1 (Flickr30k), Su
 }
 
 
-def evaluate(run: Run, tests: Path, score: Callable | None = None) -> dict[str, dict[str, float]]:
+TESTS = ("retrieval", "sugarcrepe", "sugarcrepe++", "winoground", "captioning")
+
+
+def run_test(name: str, embeddings: Embeddings, file: Path, images: Path, split: str = "test") -> dict[str, float]:
+    """One of TESTS but captioning, on the authors' files."""
+    if name == "retrieval":
+        return retrieval(embeddings, read_karpathy(file, images, split))
+    if name == "winoground":
+        return winoground(embeddings, read_winoground(file, images))
+    if name == "sugarcrepe":
+        captions = ("caption", "negative_caption")
+        files = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in SUGARCREPE}
+        return {kind: sugarcrepe(embeddings, items) for kind, items in files.items()}
+    captions = ("caption", "caption2", "negative_caption")  # SugarCrepe++ has no add_* files
+    files = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in SUGARCREPE[:5]}
+    scores = {kind: sugarcrepe_pp(embeddings, items) for kind, items in files.items()}
+    return {f"{kind}_{test}": value for kind, pair in scores.items() for test, value in pair.items()}
+
+
+def evaluate(embeddings: Embeddings, tests: Path, score: Callable | None = None) -> dict[str, dict[str, float]]:
     """Every test that a tests.json names, on one model. For example:
 
     {"retrieval": {"file": "karpathy.json", "images": "images", "split": "test"},
@@ -347,44 +383,19 @@ def evaluate(run: Run, tests: Path, score: Callable | None = None) -> dict[str, 
 
     Paths are relative to the file. `score` is `captioning`'s.
     """
-    embeddings, tables = Embeddings(run), {}
+    run, tables = embeddings.run, {}
     for name, settings in read_json(tests).items():
         if name not in TESTS or not isinstance(settings, dict) or not isinstance(settings.get("file"), str):
             raise DataError(f'{tests}: {name!r} must be one of {", ".join(TESTS)}, with a "file"')
-        file, images = tests.parent / settings["file"], tests.parent / settings.get("images", ".")
-        if name == "captioning":
-            tables[name] = captioning(run, file, images, score=score)
-            if run.is_adapted:  # and is the plain question still understood?
-                plain = captioning(run, file, images, DESCRIBE, score=score)
-                tables[name] |= {f"describe_{key}": value for key, value in plain.items()}
-        else:
-            tables[name] = TESTS[name](embeddings, file, images, settings.get("split", "test"))
+        file, images = tests.parent / settings["file"], tests.parent / str(settings.get("images", "."))
+        if name != "captioning":
+            tables[name] = run_test(name, embeddings, file, images, settings.get("split", "test"))
+            continue
+        tables[name] = captioning(run, file, images, score=score)
+        if run.is_adapted:  # and is the plain question still understood?
+            plain = captioning(run, file, images, DESCRIBE, score=score)
+            tables[name] |= {f"describe_{key}": value for key, value in plain.items()}
     return tables
-
-
-def sugarcrepe_files(folder: Path, images: Path) -> Iterator[tuple[str, list[dict]]]:
-    for name in SUGARCREPE:
-        yield name, read_sugarcrepe(folder / f"{name}.json", images, ("caption", "negative_caption"))
-
-
-def sugarcrepe_pp_files(folder: Path, images: Path) -> Iterator[tuple[str, list[dict]]]:
-    for name in SUGARCREPE[:5]:  # there are no add_* files
-        yield name, read_sugarcrepe(folder / f"{name}.json", images, ("caption", "caption2", "negative_caption"))
-
-
-TESTS = {
-    "retrieval": lambda e, file, images, split: retrieval(e, read_karpathy(file, images, split)),
-    "sugarcrepe": lambda e, file, images, _: {
-        name: sugarcrepe(e, items) for name, items in sugarcrepe_files(file, images)
-    },
-    "sugarcrepe++": lambda e, file, images, _: {
-        f"{name}_{test}": value
-        for name, items in sugarcrepe_pp_files(file, images)
-        for test, value in sugarcrepe_pp(e, items).items()
-    },
-    "winoground": lambda e, file, images, _: winoground(e, read_winoground(file, images)),
-    "captioning": None,
-}
 
 
 def summary(tables: dict) -> dict[str, float]:
@@ -433,7 +444,7 @@ def gallery(path: Path, rows: list[tuple[str, list[tuple[Path, bool]]]], size: i
         for column, (image, right) in enumerate(found):
             x = left + column * (size + 12)
             draw.rectangle((x - 4, top - 4, x + size + 3, top + size + 3), fill="limegreen" if right else "white")
-            sheet.paste(open_image(image).resize((size, size)), (x, top))
+            sheet.paste(ImageOps.pad(open_image(image), (size, size), color="gray"), (x, top))
     sheet.save(path)
 
 
@@ -454,7 +465,7 @@ def chat_command(run: Run, args) -> None:
     while True:
         try:
             question = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             question = ""
         if not question:
             return
@@ -465,13 +476,14 @@ def test_command(run: Run, args) -> None:
     file = Path(args.file)
     images = Path(args.images) if args.images else file if file.is_dir() else file.parent
     if args.command == "captioning":
-        result = captioning(run, file, images, args.question)
+        result = captioning(run, file, images, args.question, args.limit)
     else:
-        result = TESTS[args.command](Embeddings(run), file, images, getattr(args, "split", "test"))
+        result = run_test(args.command, Embeddings(run), file, images, getattr(args, "split", "test"))
     for name, value in result.items():
         print(f"{name:>20} {value:6.2f}")
     columns = summary({args.command: result})
-    print_table({"this model": columns} | {k: v for k, v in paper_rows().items() if v.keys() & columns.keys()})
+    if columns:
+        print_table({"this model": columns} | {k: v for k, v in paper_rows().items() if v.keys() & columns.keys()})
     if args.json:
         Path(args.json).write_text(json.dumps({args.command: result}, indent=2) + "\n")
 
@@ -493,7 +505,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     argument = add("caption", caption_command, "describe pictures, or answer one question about each")
     argument("images", nargs="+", metavar="IMAGE")
     argument("--question", help=f"what to ask (default: {DESCRIBE!r}, or the prompt that a run was trained with)")
-    argument("--temperature", type=float, default=0.0, help="0 is greedy (default), above samples")
+    argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default), above samples")
     argument("--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
     argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time (8)")
     argument = add("chat", chat_command, "talk about a picture")
@@ -503,7 +515,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         (
             "retrieval",
             "JSON",
-            "Flickr30k or COCO, Karpathy's JSON: R@1, 5, 10 in both directions, ties count as misses",
+            "Flickr30k or COCO, Karpathy's JSON: R@1, 5, 10 both ways; a tie counts against the model",
         ),
         ("sugarcrepe", "FOLDER", "SugarCrepe's seven files: the caption must beat its negative, strictly"),
         ("sugarcrepe++", "FOLDER", "SugarCrepe++'s five files: ITT and TOT"),
@@ -518,6 +530,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             argument("--split", default="test", help="Karpathy's split (test)")
         if name == "captioning":
             argument("--question", help="what to ask, as for caption")
+            argument("--limit", type=positive, default=256, metavar="N", help="records, from the first on (256)")
     return parser.parse_args(arguments)
 
 
@@ -528,6 +541,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def temperature(text: str) -> float:
+    """An argument that must be a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     try:
@@ -536,6 +560,8 @@ def main(arguments: list[str] | None = None) -> None:
             args.function(run, args)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

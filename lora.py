@@ -2,12 +2,12 @@
 
     freeze(model)
     add_lora(model, LoRAConfig(rank=16, alpha=16))
-    add_soft_prompts(model, layout_image_prompt_ids, layout_text_prompt_ids)
+    add_soft_prompts(model, layout.image_prompt, layout.text_prompt)
     trainable_parameters(model)                # what the optimizer gets
     with adapters_disabled(model): ...         # bitwise the base model
     save_adapter(model, folder)                # PEFT's layout; the soft prompts lie beside it
 
-LoRA: arXiv 2106.09685. Soft prompts: paper, section 3.3, initialised from the hand-written prompts.
+LoRA: arXiv 2106.09685. Soft prompts start as the embeddings of the hand-written prompts, as in the paper.
 
 Axes: B batch, T tokens, D hidden, R rank, P prompt tokens, V vocabulary.
 """
@@ -45,17 +45,17 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Module):
     """y = W x + scale * B A dropout(x), with W frozen. B starts at zero, so that training starts at the base model."""
 
     def __init__(self, base: nn.Linear, config: LoRAConfig):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.scale, self.dropout, self.enabled = config.scale, config.dropout, True
-        where = {"device": base.weight.device, "dtype": torch.float32}  # small, and summed up over many steps
-        self.lora_A = nn.Linear(base.in_features, config.rank, bias=False, **where)
-        self.lora_B = nn.Linear(config.rank, base.out_features, bias=False, **where)
+        self.config, self.enabled = config, True
+        (out_features, in_features), device = base.weight.shape, base.weight.device
+        # In fp32 whatever the base is in: small, and the sum of many small steps.
+        self.lora_A = nn.Linear(in_features, config.rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(config.rank, out_features, bias=False, device=device, dtype=torch.float32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -63,19 +63,18 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout, self.training)
-        return y + self.scale * F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
+        x = F.linear(F.dropout(x, self.config.dropout, self.training), self.lora_A.weight.to(x.dtype))
+        return y + self.config.scale * F.linear(x, self.lora_B.weight.to(x.dtype))
 
 
-class SoftPrompt(nn.Embedding):
+class SoftPrompt(nn.Module):
     """A token embedding with learnable rows behind the vocabulary: id V + i is token i of the two prompts.
 
     The rows start as the embeddings of the hand-written prompts' tokens; disabled, they are exactly those.
     """
 
     def __init__(self, base: nn.Embedding, image_prompt: list[int], text_prompt: list[int]):
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        super().__init__()
         self.weight, self.enabled = base.weight, True
         prompt_ids = torch.tensor(image_prompt + text_prompt, device=base.weight.device)
         self.register_buffer("prompt_ids", prompt_ids, persistent=False)
@@ -86,12 +85,13 @@ class SoftPrompt(nn.Embedding):
 
     def forward(self, input_ids):
         """input_ids (B, T) in [0, V + P) -> (B, T, D)."""
-        is_soft = input_ids >= self.num_embeddings
-        row = (input_ids - self.num_embeddings).clamp(min=0)
+        vocabulary = len(self.weight)
+        is_soft = input_ids >= vocabulary
+        row = (input_ids - vocabulary).clamp(min=0)
         if not self.enabled:
             return F.embedding(torch.where(is_soft, self.prompt_ids[row], input_ids), self.weight)
         embeddings = F.embedding(input_ids.masked_fill(is_soft, 0), self.weight)
-        soft = F.embedding(row, torch.cat([self.image, self.text])).to(embeddings.dtype)
+        soft = F.embedding(row, torch.cat([self.image, self.text]).to(self.weight.dtype))
         return torch.where(is_soft[..., None], soft, embeddings)
 
 
@@ -101,12 +101,18 @@ def freeze(model: nn.Module) -> None:
 
 
 def add_lora(model: nn.Module, config: LoRAConfig) -> None:
-    """Replace the targeted linear layers of `model.language_model` by LoRALinear, in place; weights are shared."""
-    for block in model.language_model.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if name in config.targets:
-                    setattr(part, name, LoRALinear(layer, config))
+    """Replace the targeted linear layers of `model.language_model` by LoRALinear, in place; weights are shared.
+
+    Raises AdapterError where there is LoRA already, or none of the targets.
+    """
+    parts = [part for block in model.language_model.layers for part in (block.self_attn, block.mlp)]
+    targets = [(part, name) for part in parts for name in config.targets if hasattr(part, name)]
+    if not targets or any(isinstance(getattr(part, name), LoRALinear) for part, name in targets):
+        raise AdapterError(
+            f"LoRA on {config.targets}: the language model has none of these layers, or has LoRA already"
+        )
+    for part, name in targets:
+        setattr(part, name, LoRALinear(getattr(part, name), config))
 
 
 def add_soft_prompts(model: nn.Module, image_prompt: list[int], text_prompt: list[int]) -> None:
@@ -140,10 +146,10 @@ def merge_lora(model: nn.Module) -> None:
     """Fold every B A into its weight, computed in fp32, and put plain linear layers back. Soft prompts stay."""
     for name, module in adapters(model).items():
         if isinstance(module, LoRALinear):
-            delta = module.scale * module.lora_B.weight @ module.lora_A.weight
-            layer = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            layer.weight = nn.Parameter((module.weight.float() + delta).to(module.weight.dtype))
-            layer.bias = module.bias
+            delta = module.config.scale * module.lora_B.weight @ module.lora_A.weight
+            layer = nn.Linear(*module.weight.shape[::-1], bias=module.bias is not None, device="meta")
+            merged = (module.weight.float() + delta).to(module.weight.dtype)
+            layer.weight, layer.bias = nn.Parameter(merged, module.weight.requires_grad), module.bias
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
 
@@ -151,14 +157,13 @@ def merge_lora(model: nn.Module) -> None:
 # ---- Files: PEFT's layout (adapter_config.json, adapter_model.safetensors), and soft_prompts.safetensors beside it.
 
 
-def save_adapter(
-    model: nn.Module, folder: str | Path, config: LoRAConfig | None = None, notes: dict | None = None
-) -> None:
-    """Write what was added to the model. `notes` are strings kept with the soft prompts, such as the prompts' text."""
+def save_adapter(model: nn.Module, folder: str | Path, notes: dict[str, str] | None = None) -> None:
+    """Write what was added to the model. `notes` are kept with the soft prompts, such as the prompts' text."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if ".lora_" in name}
     if tensors:
+        config = next(module.config for module in adapters(model).values() if isinstance(module, LoRALinear))
         tensors = {f"base_model.model.model.{name}": tensor for name, tensor in tensors.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         raw = {
@@ -211,42 +216,26 @@ def load_adapter(
 
 
 def read_lora_config(path: Path) -> LoRAConfig:
+    """PEFT's adapter_config.json. What is not implemented is refused by name."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("peft_type") != "LORA":
-            raise AdapterError(f"{path}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is implemented")
-        refused = {
-            "use_dora",
-            "modules_to_save",
-            "rank_pattern",
-            "alpha_pattern",
-            "fan_in_fan_out",
-            "layers_to_transform",
-        }
-        for key in sorted(refused):
-            if raw.get(key):
-                raise AdapterError(f"{path}: {key} is {raw[key]!r}, which is not implemented")
-        if raw.get("bias", "none") != "none":
-            raise AdapterError(f"{path}: bias is {raw['bias']!r}, only 'none' is implemented")
-        named, modules = raw["target_modules"], TARGETS
-        targets = tuple(
-            t
-            for t in modules
-            if named == "all-linear" or (t in named if isinstance(named, list) else re.search(rf"\b{t}\b", named))
-        )
-        config = LoRAConfig(
-            int(raw.get("r", 8)),
-            float(raw.get("lora_alpha", 8)),
-            float(raw.get("lora_dropout", 0)),
-            targets,
-            raw.get("use_rslora") is True,
-        )
-    except AdapterError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        named = raw["target_modules"]
+        is_named = lambda target: target in named if isinstance(named, list) else re.search(rf"\b{target}\b", named)  # noqa: E731
+        targets = tuple(target for target in TARGETS if named == "all-linear" or is_named(target))
+        numbers = int(raw.get("r", 8)), float(raw.get("lora_alpha", 8)), float(raw.get("lora_dropout", 0))
+        config = LoRAConfig(*numbers, targets, raw.get("use_rslora") is True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterError(f"{path}: cannot be used ({type(error).__name__}: {error})") from None
-    if config.rank < 1 or not targets:
-        raise AdapterError(f"{path}: rank {config.rank} on {targets or 'no known layers'} is no LoRA")
+    unknown = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layers_to_transform")
+    faults = [f"{key} is {raw[key]!r}, which is not implemented" for key in unknown if raw.get(key)]
+    if raw.get("peft_type") != "LORA":
+        faults.append(f"peft_type is {raw.get('peft_type')!r}, only 'LORA' is implemented")
+    if raw.get("bias", "none") != "none":
+        faults.append(f"bias is {raw['bias']!r}, only 'none' is implemented")
+    if not 1 <= config.rank <= 4096 or not math.isfinite(config.alpha) or not 0 <= config.dropout < 1 or not targets:
+        faults.append(f"rank {config.rank}, alpha {config.alpha}, dropout {config.dropout} on {targets} is no LoRA")
+    if faults:
+        raise AdapterError(f"{path}: " + "; ".join(faults))
     return config
 
 

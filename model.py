@@ -98,7 +98,7 @@ ACTIVATIONS = {
 
 @dataclass
 class LlavaConfig:
-    vision: VisionConfig = field(default_factory=lambda: CLIP_LARGE_336)
+    vision: VisionConfig = field(default_factory=lambda: dataclasses.replace(CLIP_LARGE_336))
     text: TextConfig = field(default_factory=TextConfig)
     image_token_id: int = 32000
     pad_token_id: int | None = None
@@ -124,9 +124,10 @@ class LlavaConfig:
         path = Path(folder) / "config.json"
         raw = read_json(path)
         refuse_unsupported(path, raw)
-        vision, text = raw.get("vision_config"), raw.get("text_config") or {}
+        vision = vars(CLIP_LARGE_336) if raw.get("vision_config") is None else raw["vision_config"]
+        text = raw.get("text_config") or {}
         config = {
-            "vision": CLIP_LARGE_336 if vision is None else read_section(VisionConfig, path, "vision_config", vision),
+            "vision": read_section(VisionConfig, path, "vision_config", vision),
             "text": read_section(TextConfig, path, "text_config", text),
             "eos_token_ids": read_stop_tokens(Path(folder) / "generation_config.json", text),
         }
@@ -137,19 +138,19 @@ class LlavaConfig:
 
     def checked(self, where: str | Path) -> "LlavaConfig":
         """Itself. Raises CheckpointError, with every reason, unless the numbers fit together."""
-        v, t, strategy = self.vision, self.text, self.vision_feature_select_strategy
+        v, t, act, strategy = self.vision, self.text, self.projector_hidden_act, self.vision_feature_select_strategy
         rules = [
             (v.hidden_act in ACTIVATIONS, f"vision hidden_act {v.hidden_act!r} is unknown"),
-            (self.projector_hidden_act in ACTIVATIONS, f"projector_hidden_act {self.projector_hidden_act!r}"),
+            (act in ACTIVATIONS, f"projector_hidden_act {act!r} is unknown"),
             (t.hidden_act == "silu", f"text_config.hidden_act {t.hidden_act!r} is not 'silu'"),
             (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r} is unknown"),
-            (v.hidden_size % v.num_attention_heads == 0, f"vision hidden_size {v.hidden_size}"),
+            (v.hidden_size % v.num_attention_heads == 0, f"vision heads do not divide {v.hidden_size}"),
             (t.num_attention_heads % t.num_key_value_heads == 0, f"{t.num_key_value_heads} key/value heads do not fit"),
             (t.head_dim % 2 == 0 < t.head_dim, f"head_dim {t.head_dim} is not even, rotary embeddings need it"),
             (v.patch_size <= v.image_size, f"patch_size {v.patch_size} > image_size {v.image_size}"),
             (max(v.num_hidden_layers, t.num_hidden_layers) <= 1000, "more than 1000 layers"),
             (0 < abs(self.vision_feature_layer) <= v.num_hidden_layers, f"no vision layer {self.vision_feature_layer}"),
-            (0 <= self.image_token_id < t.vocab_size, f"image_token_index {self.image_token_id} is not a token"),
+            (0 < self.image_token_id < t.vocab_size, f"image_token_index {self.image_token_id} is not a token"),
         ]
         if faults := [fault for fine, fault in rules if not fine]:
             raise CheckpointError(f"{where}: " + "; ".join(faults))
@@ -385,7 +386,7 @@ class Llava(nn.Module):
         """pixel_values (images, 3, height, width) -> what takes the place of the image tokens (images, N, D)."""
         features = self.vision_tower(pixel_values)
         if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # CLIP's class token
+            features = features[:, 1:]  # meant for CLIP's class token
         return self.multi_modal_projector(features)
 
     def embed(self, input_ids, pixel_values=None, image_features=None):
@@ -404,7 +405,7 @@ class Llava(nn.Module):
     def forward(self, input_ids, pixel_values=None, image_features=None, cache=None):
         """ids (and images) -> hidden states (B, T, D) after the final norm; those at padding are meaningless.
 
-        input_ids: (B, T) int64, padded on the right with any id; the image token's id once per image feature.
+        input_ids: (B, T) int64, padded on the right with 0; the image token's id once per image feature.
         pixel_values: (images, 3, image_size, image_size) in reading order, or their image_features: (images, N, D).
         cache: holds what stands in front of input_ids; the caller extends its `tokens` by what was not padding.
         """
@@ -425,7 +426,7 @@ class Llava(nn.Module):
         """Continue each prompt up to a stop token (config.eos_token_ids) or max_new_tokens -> each row's new ids.
 
         prompts: token ids, rows of any lengths, image tokens expanded; pixel_values: their images in reading order.
-        temperature: 0 picks the likeliest token (greedy), above samples, among those that together hold top_p.
+        temperature: 0 picks the likeliest token (greedy), above samples, among those that together hold top_p > 0.
         cache: from `new_cache`, to continue a conversation: pass the whole of it, the cached part is not computed
             again, and images are needed only when their tokens are new.
         """
@@ -433,19 +434,16 @@ class Llava(nn.Module):
         for prompt, seen in zip(prompts, cache.tokens, strict=True):
             if prompt[: len(seen)] != seen or len(prompt) == len(seen):
                 raise ValueError("a prompt must begin with the tokens that the cache holds, and go on behind them")
-        longest = max(map(len, prompts)) + max_new_tokens
-        known = self.config.text.max_position_embeddings
+        longest, known = max(map(len, prompts)) + max_new_tokens, self.config.text.max_position_embeddings
         if longest > known:
             raise ValueError(f"prompt and {max_new_tokens} new tokens need {longest} positions, the model has {known}")
         cache.reserve(longest)
-
         new = [prompt[len(seen) :] for prompt, seen in zip(prompts, cache.tokens)]
         if pixel_values is None and any(self.config.image_token_id in row for row in new):
             raise ValueError("the prompts hold image tokens, but there are no pixel_values")
         answers, running = [[] for _ in prompts], [True] * len(prompts)
         for step in range(max_new_tokens):
-            width = max(map(len, new))
-            input_ids = torch.tensor([row + [0] * (width - len(row)) for row in new], device=self.device)
+            input_ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], batch_first=True).to(self.device)
             hidden = self(input_ids, pixel_values if step == 0 else None, cache=cache)
             last = torch.tensor([len(row) - 1 for row in new], device=self.device)
             logits = self.logits(hidden[torch.arange(len(new), device=self.device), last])  # (B, V)
@@ -505,9 +503,9 @@ def choose_tokens(logits, temperature: float, top_p: float, generator=None):
 def read_json(path: Path) -> dict:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError(f"a JSON {type(raw).__name__}, not an object")
-        return raw
+        if isinstance(raw, dict):
+            return raw
+        raise ValueError(f"a JSON {type(raw).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {broken_download(path)}") from None
 
@@ -524,7 +522,8 @@ def read_section(cls, path: Path, name: str, raw: dict):
         raise CheckpointError(f"{where}use_sliding_window is on; sliding windows are not implemented")
     for key in ("rope_scaling", "rope_parameters"):  # old files have `rope_theta`, new ones `rope_parameters`
         rope = raw.get(key) or {}
-        if not isinstance(rope, dict) or "factor" in rope or rope.get("rope_type", "default") != "default":
+        kinds = [rope.get("rope_type"), rope.get("type")] if isinstance(rope, dict) else [rope]
+        if any(kind not in (None, "default") for kind in kinds) or "factor" in rope:
             raise CheckpointError(f"{where}{key} is {rope!r}; only plain rotary embeddings are implemented")
         raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
     return read_fields(cls, where, known[kind] | raw)
@@ -539,7 +538,8 @@ def read_fields(cls, where: str, raw: dict, known: dict | None = None):
             continue
         fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
         free = f.name.endswith(("_id", "_layer")) or isinstance(value, str | bool)  # need not be positive
-        if not fits or isinstance(value, bool) != (f.type is bool) or not (free or 0 < value < 2**31):
+        limit = 2**40 if f.type is float else 2**20  # larger sizes could not even be multiplied
+        if not fits or isinstance(value, bool) != (f.type is bool) or not (free or 0 < value <= limit):
             raise CheckpointError(f"{where}{f.name} is {value!r}, expected {getattr(f.type, '__name__', f.type)}")
         values[f.name] = value
     return cls(**values)
@@ -633,9 +633,8 @@ def is_unused(name: str, config: LlavaConfig) -> bool:
 def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
     """Give a model on the meta device its weights: first all names and shapes are checked, then tensors are read."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    sources, seen, faults = {}, set(), []
-    for path in weight_files(folder):
-        sources[path] = {}
+    sources, seen, faults = {path: {} for path in weight_files(folder)}, set(), []
+    for path in sources:
         with open_weights(path) as file:
             for stored in file.keys():  # noqa: SIM118, the handle is not a dict
                 name, tensor = canonical_name(stored), file.get_slice(stored)
@@ -675,6 +674,7 @@ def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.d
 def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
     """model.safetensors, or shards with an index, under the names of the old layout (see `canonical_name`)."""
     tensors = model.state_dict()
+    assert not any(".lora_" in name for name in tensors), "the model has adapters: merge_lora first, or save_adapter"
     if model.config.text.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     # transformers looks for the norm behind the vision tower, though LLaVA never applies it: one that does nothing.

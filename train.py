@@ -1,7 +1,8 @@
 """Fine-tune a LLaVA into an embedding model that still captions: VladVA (CVPR 2025, arXiv 2412.04378).
 
     python train.py                        the toy job: no network, no GPU, a few minutes on a laptop
-    python train.py --model llava-1.5-7b-hf --data captions.jsonl --tests tests.json --out runs/mine
+    python train.py --model llava-1.5-7b-hf --data captions.jsonl --out runs/mine \\
+        --lr 1e-4 --soft_lr 1e-3 --caption_share 1 --batch_size 16
     python train.py --help                 every setting, with its default
 
 Contrastive loss on short captions + autoregressive loss on long ones, the image side of both in one forward pass; soft
@@ -67,13 +68,13 @@ class TrainConfig:
     tests: str = setting(
         "", "tests.json for the tables before and after, as in eval.evaluate (empty: none, or the toy's)"
     )
-    out: str = setting("runs/toy", "run folder; must be new or a finished run's, which is replaced")
+    out: str = setting("runs/toy", "run folder; a former run of train.py there is replaced, anything else left alone")
     steps: int = setting(250, "optimiser steps")
-    batch_size: int = setting(128, "images in a batch, each with a short caption: the negatives of one another")
-    micro_batch: int = setting(32, "sequences in one forward pass")
-    caption_share: float = setting(0.25, "share of a batch whose long captions are trained on (paper: all, 1.0)")
+    batch_size: int = setting(128, "images in a batch, the negatives of one another; all their activations are kept")
+    micro_batch: int = setting(32, "sequences of like length that are padded together")
+    caption_share: float = setting(0.25, "share of a batch whose long captions are trained on (paper: 1)")
     contrast: str = setting("short", "captions of the contrastive loss: short, or long (which collapses)")
-    groups: bool = setting(True, "keep records of one group, such as a scene and its twin, in one batch")
+    groups: bool = setting(True, "keep records of one group, such as a scene and its twin, neighbours")
     contrastive_weight: float = setting(1.0, "weight of the contrastive loss (0 switches it off)")
     ar_weight: float = setting(1.0, "weight of the autoregressive loss (0 switches it off)")
     soft_prompts: bool = setting(True, "learn the two prompts")
@@ -84,30 +85,34 @@ class TrainConfig:
     text_prompt: str = setting(TEXT_PROMPT, "what follows a text")
     lr: float = setting(4e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
     soft_lr: float = setting(4e-2, "peak learning rate of the soft prompts")
-    temperature: float = setting(0.07, "where the learnable temperature of the contrastive loss starts")
+    temperature: float = setting(0.07, "where the learnable temperature of the contrastive loss starts, >= 0.01")
     temperature_lr: float = setting(1e-2, "its peak learning rate")
     weight_decay: float = setting(0.0, "of LoRA")
-    warmup: int = setting(20, "steps until the peak learning rate; a cosine to 5 % of it follows")
+    warmup: int = setting(20, "steps up to the peak learning rate; a cosine down to 5 % of it follows")
     clip: float = setting(1.0, "largest norm of the gradient")
-    seed: int = setting(0, "of the initial LoRA, the order of the data, and the choice of captions")
+    seed: int = setting(0, "of LoRA's start and dropout, the order of the data, the choice of captions")
     workers: int = setting(0, "processes that read data (0: the training process itself)")
     save_every: int = setting(0, "steps between checkpoints (0: only the last)")
-    device: str = setting("", "cpu, cuda, mps (empty: the best one here)")
+    device: str = setting("", "cpu, cuda, cuda:1, mps (empty: the best one here)")
 
     def check(self) -> None:
         """Raise DataError for values that cannot work, all in one message."""
         counts = (self.steps, self.batch_size, self.micro_batch)
-        sizes = (self.lr, self.soft_lr, self.temperature_lr, self.contrastive_weight, self.ar_weight, self.clip)
+        rates = (self.lr, self.soft_lr, self.temperature_lr, self.contrastive_weight, self.ar_weight, self.weight_decay)
+        whole = (self.lora_rank, self.workers, self.save_every, self.warmup, self.seed)
         rules = {
             "steps, batch_size and micro_batch must be at least 1": min(counts) >= 1,
             "caption_share must lie in [0, 1]": 0 <= self.caption_share <= 1,
+            "lora_dropout must lie in [0, 1)": 0 <= self.lora_dropout < 1,
             "contrast must be short or long": self.contrast in ("short", "long"),
-            "temperature must be positive": self.temperature > 0,
-            "learning rates, weights and clip must not be negative": min(sizes) >= 0,
+            "temperature must be at least 0.01": 0.01 <= self.temperature < math.inf,
+            "clip must be positive": self.clip > 0,
+            "learning rates, weights and weight_decay must be finite and not negative": all(
+                0 <= rate < math.inf for rate in rates
+            ),
+            "lora_rank, workers, save_every, warmup and seed must not be negative": min(whole) >= 0,
             "one of the two losses needs a weight": self.contrastive_weight + self.ar_weight > 0,
             "without soft prompts and LoRA there is nothing to train": self.soft_prompts or self.lora_rank > 0,
-            "lora_rank, workers, save_every must not be negative": min(self.lora_rank, self.workers, self.save_every)
-            >= 0,
         }
         if faults := [rule for rule, kept in rules.items() if not kept]:
             raise DataError("settings: " + "; ".join(faults))
@@ -124,7 +129,7 @@ def training_step(model: nn.Module, batch: Batch, log_scale: torch.Tensor, confi
     """
     embeddings: dict[str, list] = {"image": [], "text": []}
     autoregressive = torch.zeros((), device=model.device)
-    for side, chunks in (("image", batch.images), ("text", batch.texts)):
+    for side, chunks in (("image", batch.images), ("text", batch.texts if config.contrastive_weight else [])):
         for chunk in chunks:
             chunk = chunk.to(model.device)
             hidden = model(chunk.input_ids, chunk.pixel_values)  # (b, T, D)
@@ -140,16 +145,20 @@ def training_step(model: nn.Module, batch: Batch, log_scale: torch.Tensor, confi
 
     contrastive = torch.zeros((), device=model.device)
     if config.contrastive_weight and batch.num_pairs:
-        contrastive = contrastive_loss(in_order("image"), in_order("text"), log_scale.exp().clamp(max=100))
+        contrastive = contrastive_loss(in_order("image"), in_order("text"), log_scale.exp())
     loss = vladva_loss(contrastive, autoregressive, config.contrastive_weight, config.ar_weight)
+    if not loss.requires_grad:
+        raise DataError(f"a batch without a caption for any loss that is switched on {batch.skipped[:1]}")
     loss.backward()
     return {"loss": loss.item(), "contrastive": contrastive.item(), "autoregressive": autoregressive.item()}
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from 1 to 0.05."""
-    warmup = min(1.0, (step + 1) / max(config.warmup, 1))
-    return warmup * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+    """Linear warm-up to 1, then a cosine down to 0.05."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(model: nn.Module, log_scale: nn.Parameter, config: TrainConfig) -> torch.optim.AdamW:
@@ -181,12 +190,12 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
         caption_share=config.caption_share if config.ar_weight else 0.0,
     )  # fmt: skip
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=lay_out, num_workers=config.workers)
-    skipped, started = 0, time.perf_counter()
-    with open(out / "log.jsonl", "w") as log, tqdm(loader, desc="training", unit="step") as progress:
+    skipped, started = [], time.perf_counter()
+    with open(out / "log.jsonl", "w", buffering=1) as log, tqdm(loader, desc="training", unit="step") as progress:
         for step, batch in enumerate(progress):
-            skipped += len(batch.skipped)
-            if skipped > max(10, 0.01 * (step + 1) * config.batch_size):
-                raise DataError(f"{skipped} records could not be used, the last one: {batch.skipped[-1]}")
+            skipped += batch.skipped
+            if len(skipped) > max(10, 0.01 * (step + 1) * config.batch_size):
+                raise DataError(f"{len(skipped)} records could not be used, the last one: {skipped[-1]}")
             factor = learning_rate_factor(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
@@ -196,10 +205,12 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
                 raise DataError(f"step {step}: loss {losses['loss']}, gradient {norm}; lower the learning rates")
             optimizer.step()
             optimizer.zero_grad()
+            with torch.no_grad():
+                log_scale.clamp_(max=math.log(100))  # a temperature of at least 0.01, as in CLIP
 
             seconds = time.perf_counter() - started
             line = {"step": step, **losses, "chance": math.log(max(batch.num_pairs, 1)), "gradient_norm": norm}
-            line |= {"temperature": math.exp(-log_scale.item()), "lr": factor * config.lr, "skipped": skipped}
+            line |= {"temperature": math.exp(-log_scale.item()), "lr": factor * config.lr, "skipped": batch.skipped}
             line |= {"pairs_per_second": (step + 1) * config.batch_size / seconds, "seconds": seconds}
             log.write(json.dumps(line) + "\n")
             shown = f"{line['contrastive']:.3f} (chance {line['chance']:.2f}) + {line['autoregressive']:.3f}"
@@ -207,6 +218,8 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
             if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
                 save_checkpoint(out, step + 1, model, config)
     model.eval()
+    for reason in skipped:
+        print(f"left out: {reason}")
 
 
 def save_checkpoint(out: Path, step: int, model: nn.Module, config: TrainConfig) -> None:
@@ -214,15 +227,11 @@ def save_checkpoint(out: Path, step: int, model: nn.Module, config: TrainConfig)
     folder, temporary = out / "checkpoints" / f"step-{step}", out / "checkpoints" / f"step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     notes = {"image_prompt": config.image_prompt, "text_prompt": config.text_prompt, "step": str(step)}
-    save_adapter(model, temporary, lora_config(config), notes)
+    save_adapter(model, temporary, notes)
     os.replace(temporary, folder)
     latest = out / "checkpoints" / "latest"
     latest.with_suffix(".tmp").write_text(folder.name + "\n")
     os.replace(latest.with_suffix(".tmp"), latest)
-
-
-def lora_config(config: TrainConfig) -> LoRAConfig:
-    return LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout)
 
 
 def add_adapters(run: Run, config: TrainConfig) -> None:
@@ -230,7 +239,7 @@ def add_adapters(run: Run, config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     freeze(run.model)
     if config.lora_rank:
-        add_lora(run.model, lora_config(config))
+        add_lora(run.model, LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout))
     if config.soft_prompts:
         add_soft_prompts(run.model, run.layout.image_prompt, run.layout.text_prompt)
         run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
@@ -239,39 +248,68 @@ def add_adapters(run: Run, config: TrainConfig) -> None:
 # ---- The job: table, training, table
 
 
-def prepare_run_folder(config: TrainConfig) -> Path:
-    """An empty run folder with config.json; a former run there makes room, anything else is left alone."""
+RUN_FILES = ("config.json", "log.jsonl", "results.json", "retrieval.png", "checkpoints")
+
+
+def check_run_folder(config: TrainConfig) -> None:
+    """Before anything is computed: may --out be written, without touching what is not a run's?"""
     out = Path(config.out)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise DataError(f"--out {out}: holds files that are not a run of train.py; choose another folder")
-    shutil.rmtree(out, ignore_errors=True)
-    (out / "checkpoints").mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise DataError(f"--out {out}: is not a folder")
+    foreign = sorted(path.name for path in out.glob("*") if path.name not in RUN_FILES)
+    if foreign or (out / "checkpoints").is_symlink():
+        raise DataError(f"--out {out}: holds {foreign[:3]}, which is not a run of train.py; choose another folder")
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+
+def start_run_folder(config: TrainConfig) -> Path:
+    """Remove a former run's files and write config.json."""
+    out = Path(config.out)
+    for name in RUN_FILES[:-1]:
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints").mkdir()
+    model = config.model if config.model == TrainConfig.model else str(Path(config.model).resolve())
+    settings = dataclasses.asdict(config) | {"model": model}
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return out
 
 
 def toy_world(config: TrainConfig):
-    """The toy world's files, made where they are missing; returns the measure of its captions."""
+    """Use the toy world's files, made where they are missing; returns the measure of its captions."""
     from toy import world  # only this job needs it
 
-    folder = world.build(Path(__file__).parent / "toy" / "data")
+    try:
+        folder = world.build(Path(__file__).parent / "toy" / "data")
+    except ValueError as error:
+        raise DataError(str(error)) from None
     config.data, config.tests = str(folder / "train.jsonl"), config.tests or str(folder / "test" / "tests.json")
     return world.score_captions
 
 
-def retrieved(run: Run, tests: Path, queries: int = 4) -> list[tuple[str, list[tuple[Path, bool]]]]:
-    """For a few captions the five nearest pictures of the retrieval test, for `gallery`."""
+def nearest_pictures(
+    embeddings: Embeddings, tests: Path, queries: int = 4
+) -> list[tuple[str, list[tuple[Path, bool]]]]:
+    """For a few captions of the retrieval test the five nearest pictures, and whether each is the right one."""
     test = json.loads(tests.read_text())["retrieval"]
     items = read_karpathy(
         tests.parent / test["file"], tests.parent / test.get("images", "."), test.get("split", "test")
     )
-    embeddings, paths = Embeddings(run), [path for path, _ in items]
+    paths, rows = [path for path, _ in items], []
     images = embeddings.images(paths)
-    rows = []
-    for path, captions in items[:queries]:
-        nearest = (images @ embeddings.texts(captions[:1])[0]).topk(5).indices.tolist()
+    for path, captions in [item for item in items if item[1]][:queries]:
+        nearest = (images @ embeddings.texts(captions[:1])[0]).topk(min(5, len(paths))).indices.tolist()
         rows.append((captions[0], [(paths[index], paths[index] == path) for index in nearest]))
     return rows
+
+
+def measure(run: Run, config: TrainConfig, score) -> tuple[dict, list]:
+    """The tables of --tests, and what a few queries find."""
+    if not config.tests:
+        return {}, []
+    embeddings = Embeddings(run)
+    tables = evaluate(embeddings, Path(config.tests), score)
+    return tables, nearest_pictures(embeddings, Path(config.tests)) if "retrieval" in tables else []
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -281,45 +319,52 @@ def main(arguments: list[str] | None = None) -> None:
         job(config)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def job(config: TrainConfig) -> None:
     started = time.perf_counter()
+    check_run_folder(config)
     score = None if config.data else toy_world(config)
     run = load_base(config.model, config.device or None, config.image_prompt, config.text_prompt)
-    model, tests = run.model, Path(config.tests) if config.tests else None
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{config.model}: {count / 1e6:.1f} M parameters on {model.device} in {str(model.dtype)[6:]}")
-    before = evaluate(run, tests, score) if tests else {}
+    if run.model.dtype == torch.float16:
+        raise DataError(
+            "this GPU has no bf16, and training in fp16 is not implemented; use another one, or --device cpu"
+        )
+    count = sum(p.numel() for p in run.model.parameters())
+    print(f"{config.model}: {count / 1e6:.1f} M parameters on {run.model.device} in {str(run.model.dtype)[6:]}")
+    before, found_before = measure(run, config, score)
     if before:
         print_table({"untrained": summary(before)})
-    first_rows = retrieved(run, tests) if "retrieval" in before else []
-    captions_before = caption(run, [open_image(first_rows[0][1][0][0])]) if first_rows else []
+    picture = found_before[0][1][0][0] if found_before else None
+    caption_before = caption(run, [open_image(picture)])[0] if picture else ""
 
     add_adapters(run, config)
     dataset = CaptionDataset(config.data, run.layout, run.processor, config.image_root or None, config.contrast)
-    trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    print(f"{trainable:,} of them to train ({100 * trainable / count:.1f} %), {len(dataset):,} images in {config.data}")
+    trainable = sum(p.numel() for p in trainable_parameters(run.model).values())
+    share = 100 * trainable / count
+    print(f"{trainable:,} new parameters to train ({share:.1f} %), {len(dataset):,} images in {config.data}")
     for reason, number in dataset.faults.items():
         print(f"  {number} lines left out: {reason}")
-    out = prepare_run_folder(config)
+    out = start_run_folder(config)
     train(run, config, dataset, out)
 
-    after = evaluate(run, tests, score) if tests else {}
+    after, found_after = measure(run, config, score)
     results = {"before": before, "after": after, "seconds": time.perf_counter() - started, "seed": config.seed}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if after:
         rows = {"untrained": summary(before), "trained": summary(after)}
         rows["difference"] = {name: value - rows["untrained"][name] for name, value in rows["trained"].items()}
         print_table(rows | paper_rows())
-    if first_rows:
-        picture = first_rows[0][1][0][0]
-        gallery(out / "retrieval.png", [(f"{name}: {query}", found) for pair in zip(
-            [("before", *row) for row in first_rows], [("after", *row) for row in retrieved(run, tests)]
-        ) for name, query, found in pair])  # fmt: skip
-        print(f"{picture}\n  before: {captions_before[0]}\n  after:  {caption(run, [open_image(picture)])[0]}")
+    if picture:
+        rows = []
+        for (query, old), (_, new) in zip(found_before, found_after):
+            rows += [(f"before: {query}", old), (f"after: {query}", new)]
+        gallery(out / "retrieval.png", rows)
+        print(f"{picture}\n  before: {caption_before}\n  after:  {caption(run, [open_image(picture)])[0]}")
     print(f"{time.perf_counter() - started:.0f} s. The run is in {out}. Next, for example:")
-    print(f"  python eval.py caption IMAGE --model {out}\n  python train.py --help")
+    print(f"  python eval.py caption {picture or 'IMAGE'} --model {out}\n  python train.py --help")
 
 
 def parse_arguments(arguments: list[str] | None) -> TrainConfig:

@@ -69,9 +69,14 @@ def loaded(folder):
 @pytest.fixture(params=["tiny llama", "tiny qwen", "real llama"])
 def family(request, tmp_path_factory, real_file):
     """Our tokenizer of a folder, the library's own as `oracle`, and how the family writes a conversation."""
-    user, assistant, end, stop = "USER: ", " ASSISTANT:", "", "</s>"
+    user, assistant, end, stop = "USER: ", " ASSISTANT:", "</s>", "</s>"
     if request.param == "tiny qwen":
-        user, assistant, end, stop = "<|im_start|>user ", "<|im_end|><|im_start|>assistant", "<|im_end|>", "<|im_end|>"
+        user, assistant, end, stop = (
+            "<|im_start|>user ",
+            "<|im_end|><|im_start|>assistant\n",
+            "<|im_end|>",
+            "<|im_end|>",
+        )
     if request.param == "real llama":
         folder = real_file("llava-1.5-7b-hf")
     else:

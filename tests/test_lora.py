@@ -118,7 +118,7 @@ def test_peft_loads_ours(base, tmp_path, use_rslora):
     freeze(model)
     add_lora(model, config)
     shake(model)
-    save_adapter(model, tmp_path / "adapter", config)
+    save_adapter(model, tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
     ids = [1, 2, 3, 4, 5]
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_saved_and_loaded_is_bitwise_the_same(base, tmp_path):
     model, folder, _ = base
     config = LoRAConfig(rank=4, alpha=6, targets=("q_proj", "down_proj"))
     shake(adapted(model, config))
-    save_adapter(model, tmp_path / "adapter", config, {"image_prompt": "a prompt"})
+    save_adapter(model, tmp_path / "adapter", {"image_prompt": "a prompt"})
     again = Llava.from_pretrained(folder)
     assert load_adapter(again, tmp_path / "adapter", IMAGE_PROMPT, TEXT_PROMPT) == config
     ids = [1, 99, 100, 101, 102, 103, 4]
@@ -174,7 +174,9 @@ def test_saved_and_loaded_is_bitwise_the_same(base, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"target_modules": ["none_of_them"]}, "no known layers"),
+        ({"target_modules": ["none_of_them"]}, "is no LoRA"),
+        ({"lora_alpha": float("inf")}, "alpha inf"),
+        ({"r": 10**12}, "rank 1000000000000"),
         ({"r": 0}, "rank 0"),
         ({"r": "x"}, "cannot be used"),
         ({"r": 5}, "wrong shape"),
@@ -185,7 +187,7 @@ def test_foreign_adapters_are_refused_by_name(base, tmp_path, change, message):
     model, folder, _ = base
     freeze(model)
     add_lora(model, LoRAConfig(rank=4))
-    save_adapter(model, tmp_path, LoRAConfig(rank=4))
+    save_adapter(model, tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(AdapterError, match=message) as error:

@@ -13,7 +13,7 @@ from data import CaptionDataset, DataError, ResumableSampler, collate
 from eval import TOY_MODEL, encode_image, encode_text, load_base, load_run, open_image
 from lora import trainable_parameters
 from toy import world
-from train import TrainConfig, add_adapters, main, training_step
+from train import TrainConfig, add_adapters, learning_rate_factor, main, training_step
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,8 @@ def test_records_with_one_kind_of_caption_train_that_loss(small_world, tmp_path)
     assert sorted(batch.images[0].pair.tolist()) == [-1, 0, 1, 2]
     supervised = (batch.images[0].labels != -100).sum(1)
     assert (supervised > 0).sum() == 3 and supervised.sum() == batch.num_tokens
+    few = collate([dataset[index, 0] for index in range(4)], run.layout, 64, caption_share=0.0)
+    assert (few.images[0].labels != -100).any(1).sum() == 1 and len(few.images[0].pair) == 4  # the one without a pair
 
 
 def run_once(small_world, out, *flags):
@@ -237,6 +239,7 @@ def test_settings_that_switch_off(small_world, tmp_path):
             if ".lora_" in n or "embed_tokens.image" in n or "embed_tokens.text" in n
         ]
         assert len(names) == tensors // 4 * layers + tensors % 4 if tensors > 2 else len(names) == 2
+        assert encode_text(run, ["a red circle"]).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -246,6 +249,10 @@ def test_settings_that_switch_off(small_world, tmp_path):
         (["--caption_share", "2"], "caption_share"),
         (["--contrast", "both"], "contrast"),
         (["--temperature", "0"], "temperature"),
+        (["--lora_dropout", "2"], "lora_dropout"),
+        (["--seed", "-1"], "seed"),
+        (["--clip", "0"], "clip"),
+        (["--weight_decay", "nan"], "weight_decay"),
         (["--lr", "-1"], "learning rates"),
         (["--lora_rank", "0", "--no-soft_prompts"], "nothing to train"),
         (["--contrastive_weight", "0", "--ar_weight", "0"], "losses"),
@@ -263,12 +270,32 @@ def test_bad_flags_get_one_clear_line(small_world, tmp_path, flags, message):
     assert "\n" not in str(stop.value.code)
 
 
-def test_a_folder_that_is_no_run_is_left_alone(small_world, tmp_path):
-    """--out on somebody's files stops before anything is touched."""
-    (tmp_path / "thesis.tex").write_text("years of work")
+@pytest.mark.parametrize("names", [["thesis.tex"], ["config.json", "model.safetensors"], ["checkpoints/../notes"]])
+def test_a_folder_that_is_no_run_is_left_alone(small_world, tmp_path, names):
+    """--out on somebody's files, a checkpoint's too, stops before anything is touched."""
+    for name in names:
+        (tmp_path / name).resolve().write_text("years of work")
     with pytest.raises(SystemExit, match="not a run"):
         run_once(small_world, tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert all((tmp_path / name).resolve().read_text() == "years of work" for name in names)
+
+
+def test_learning_rate_reaches_its_peak():
+    """It rises to 1 over the warm-up and falls to 0.05 at the end."""
+    config = TrainConfig(steps=100, warmup=10)
+    factors = [learning_rate_factor(step, config) for step in range(100)]
+    assert factors[9] == 1 and factors[0] == 0.1 and factors[-1] == pytest.approx(0.05, abs=2e-3)
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+
+
+def test_batch_without_any_caption_to_train_is_named(small_world):
+    """Nothing to learn from is an error with its reason, not a crash in backward."""
+    run = load_base(TOY_MODEL, "cpu")
+    config = TrainConfig()
+    add_adapters(run, config)
+    batch = collate(["data.jsonl, record 3: no such image"], run.layout, 8)
+    with pytest.raises(DataError, match="record 3"):
+        training_step(run.model, batch, torch.tensor(0.0, requires_grad=True), config)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import CaptionDataset, ResumableSampler, open_image
-from eval import TESTS, Embeddings, Run, evaluate, load_base, read_json, summary
+from eval import Embeddings, Run, evaluate, load_base, read_json, run_test, summary
 from losses import contrastive_loss
 from model import LanguageModel, VisionTower
 from toy import world
@@ -161,15 +161,14 @@ def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model
     run = load_base(config.model, "cpu")
     started = time.perf_counter()
     if name == "no training":
-        return {"columns": summary(evaluate(run, tests, world.score_captions)), "seconds": 0.0}
+        return {"columns": summary(evaluate(Embeddings(run), tests, world.score_captions)), "seconds": 0.0}
     if name.startswith("CLIP"):
         clip = train_clip(run, config, CaptionDataset(data, run.layout, run.processor), seconds)
         embeddings, tables = ClipEmbeddings(clip), {}
         for test, s in read_json(tests).items():
             if test != "captioning":
-                tables[test] = TESTS[test](
-                    embeddings, tests.parent / s["file"], tests.parent / s["images"], s.get("split", "test")
-                )
+                file, images = tests.parent / s["file"], tests.parent / s["images"]
+                tables[test] = run_test(test, embeddings, file, images, s.get("split", "test"))
         return {"columns": summary(tables), "seconds": seconds}
     add_adapters(run, config)
     dataset = CaptionDataset(data, run.layout, run.processor, contrast=config.contrast)
@@ -184,7 +183,7 @@ def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model
         curve = [json.loads(line)["contrastive"] for line in (out / "log.jsonl").read_text().splitlines()]
     result = {"seconds": time.perf_counter() - started, "contrastive": [round(value, 4) for value in curve]}
     run.model.eval()
-    return result | {"columns": summary(evaluate(run, tests, world.score_captions))}
+    return result | {"columns": summary(evaluate(Embeddings(run), tests, world.score_captions))}
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -53,7 +53,7 @@ STEPS = 1600
 SCENES_A_STEP = 16
 MUON_RATE = 4e-3
 ADAMW_RATE = 1.8e-3
-SUMMARY_WEIGHT = 0.2  # of the summaries' loss against the answers'
+SUMMARY_WEIGHT = 1.0  # of the summaries' loss against the answers'
 LOG_EVERY = 50  # steps
 
 VISION = VisionConfig(hidden_size=160, intermediate_size=640, num_hidden_layers=5, num_attention_heads=5)
