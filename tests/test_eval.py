@@ -236,8 +236,8 @@ def test_conversation_goes_on_from_the_cache(toy, small_world):
     talk = Conversation(toy, image, max_new_tokens=12)
     first = talk.ask("Describe the image in detail.")
     assert first == caption(toy, [image], max_new_tokens=12)[0]
-    prompt = talk.ids + toy.layout.next_question("How many objects are in the image?")
-    second = talk.ask("How many objects are in the image?")
+    prompt = talk.ids + toy.layout.next_question("What color is the background?")
+    second = talk.ask("What color is the background?")
     again = toy.model.generate([prompt], toy.pixel_values([image]), 12)[0]
     assert second == toy.tokenizer.decode(again)
 
@@ -249,7 +249,7 @@ def test_conversation_ends_where_positions_end(toy, small_world):
     before = list(talk.ids)
     with pytest.raises(DataError, match="positions"):
         talk.ask("red " * toy.model.config.text.max_position_embeddings)
-    assert talk.ids == before and talk.ask("How many objects are in the image?")
+    assert talk.ids == before and talk.ask("What color is the background?")
 
 
 # ---- Commands
@@ -261,8 +261,8 @@ def test_caption_command(small_world, capsys):
     main(["caption", *paths, "--device", "cpu", "--batch", "2"])
     output = capsys.readouterr().out
     assert all(f"{path}: there are" in output.lower() for path in paths)
-    main(["caption", paths[0], "--device", "cpu", "--question", "How many objects are in the image?"])
-    assert len(capsys.readouterr().out.split(": ")[1].split()) < 6
+    main(["caption", paths[0], "--device", "cpu", "--question", "What color is the background?"])
+    assert capsys.readouterr().out.strip().split(": ")[1] in world.BACKGROUNDS
 
 
 def test_chat_command(small_world, capsys, monkeypatch):
