@@ -69,7 +69,7 @@ class TrainConfig:
         "", "tests.json for the tables before and after, as in eval.evaluate (empty: none, or the toy's)"
     )
     out: str = setting("runs/toy", "run folder; a former run of train.py there is replaced, anything else left alone")
-    steps: int = setting(250, "optimiser steps")
+    steps: int = setting(100, "optimiser steps")
     batch_size: int = setting(128, "images in a batch, the negatives of one another; all their activations are kept")
     micro_batch: int = setting(32, "sequences of like length that are padded together")
     caption_share: float = setting(0.25, "share of a batch whose long captions are trained on (paper: 1)")
@@ -214,7 +214,8 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
             line |= {"pairs_per_second": (step + 1) * config.batch_size / seconds, "seconds": seconds}
             log.write(json.dumps(line) + "\n")
             shown = f"{line['contrastive']:.3f} (chance {line['chance']:.2f}) + {line['autoregressive']:.3f}"
-            progress.set_postfix_str(f"loss {shown}, temperature {line['temperature']:.3f}", refresh=False)
+            shown += f", temperature {line['temperature']:.3f}, {line['pairs_per_second']:.0f} pairs/s"
+            progress.set_postfix_str("loss " + shown, refresh=False)
             if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
                 save_checkpoint(out, step + 1, model, config)
     model.eval()
