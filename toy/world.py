@@ -258,7 +258,7 @@ def paraphrase(caption: Caption, rng: random.Random) -> Caption:
 
 
 def long_caption(scene: Scene, rng: random.Random) -> str:
-    """Everything about the scene in 40 to 80 words: number, background, each object with its place, two relations."""
+    """Everything about the scene in 50 to 74 tokens: number, background, each object with its place, two relations."""
     occupied = scene.occupied()
     sentences = [f"There are {NUMBERS[len(occupied)]} objects on a {scene.background} background."]
     for place in occupied:
