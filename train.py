@@ -69,7 +69,7 @@ class TrainConfig:
         "", "tests.json for the tables before and after, as in eval.evaluate (empty: none, or the toy's)"
     )
     out: str = setting("runs/toy", "run folder; a former run of train.py there is replaced, anything else left alone")
-    steps: int = setting(100, "optimiser steps")
+    steps: int = setting(150, "optimiser steps")
     batch_size: int = setting(128, "images in a batch, the negatives of one another; all their activations are kept")
     micro_batch: int = setting(32, "sequences of like length that are padded together")
     caption_share: float = setting(0.25, "share of a batch whose long captions are trained on (paper: 1)")
