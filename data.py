@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 IMAGE_PROMPT = "Summarize the provided image in one word:"
 TEXT_PROMPT = "Summarize the provided text in one word:"
-LONG = 30  # tokens from which a caption counts as long (paper, section 3)
+LONG = 30  # tokens from which a caption counts as long (paper)
 LONGEST = 500
 IGNORE = -100  # label of a position that is not supervised
 
