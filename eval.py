@@ -412,6 +412,7 @@ def summary(tables: dict) -> dict[str, float]:
         columns[group] = sum(values) / len(values) if values else None
     columns |= {f"wino {key}": w.get(key) for key in ("text", "image", "group")}
     columns |= {"tokens": c.get("token_accuracy"), "attributes": c.get("attributes"), "objects": c.get("objects")}
+    columns["described"] = c.get("describe_attributes", c.get("attributes"))  # by the plain question
     return {name: value for name, value in columns.items() if value is not None}
 
 

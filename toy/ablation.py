@@ -48,7 +48,7 @@ ORDERINGS = [
     ("no training", "soft prompts", ("T2I@1", "I2T@1", "replace", "swap", "add")),
     ("soft prompts", "LoRA (VLM2Vec's recipe)", ("T2I@1", "replace", "swap")),
     ("LoRA (VLM2Vec's recipe)", "both", ("T2I@1", "I2T@1", "replace", "swap")),
-    ("both", "both + AR", ("T2I@1", "replace", "swap", "add", "wino group", "attributes")),
+    ("both", "both + AR", ("T2I@1", "replace", "swap", "add", "wino group", "attributes", "described")),
     ("AR only", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add")),
     ("long captions contrasted", "both", ("T2I@1", "I2T@1")),
     ("text only (E5-V's recipe)", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add", "attributes")),
