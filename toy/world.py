@@ -571,4 +571,7 @@ if __name__ == "__main__":
     if arguments.sheet:
         contact_sheet(arguments.sheet, arguments.seed)
     else:
-        build(arguments.out, arguments.seed)
+        try:
+            build(arguments.out, arguments.seed)
+        except ValueError as error:
+            parser.error(str(error))
