@@ -223,11 +223,12 @@ def report(results: dict[str, dict[str, dict]]) -> str:
 
 def verdict(results: dict, first: str, second: str, column: str) -> str:
     base = results[first]
-    pairs = [(base.get(seed, base.get("0")), result) for seed, result in results[second].items()]
-    differences = [b["columns"][column] - a["columns"][column] for a, b in pairs if a and column in a["columns"]]
-    if not differences:
-        return f"| {first} | {second} | {column} | - | not measured |"
-    mean, half = interval(differences)
+    if first == "no training":  # the same for every seed
+        base = dict.fromkeys(results[second], base["0"])
+    pairs = [(base[seed]["columns"], result["columns"]) for seed, result in results[second].items() if seed in base]
+    mean, half = interval([after[column] - before[column] for before, after in pairs])
+    if len(pairs) < 2:
+        return f"| {first} | {second} | {column} | {mean:+.1f} | (one seed) |"
     word = "within noise" if abs(mean) <= half else "reproduced" if mean > 0 else "not reproduced"
     return f"| {first} | {second} | {column} | {mean:+.1f} ± {half:.1f} | {word} |"
 
