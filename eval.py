@@ -223,6 +223,7 @@ def recall_at_k(
 
 
 def percent(correct: torch.Tensor) -> float:
+    """The share of True in a boolean tensor."""
     return 100 * correct.double().mean().item()
 
 

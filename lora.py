@@ -96,6 +96,7 @@ class SoftPrompt(nn.Module):
 
 
 def freeze(model: nn.Module) -> None:
+    """No parameter that is there now gets a gradient; what is added later does."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
@@ -121,10 +122,12 @@ def add_soft_prompts(model: nn.Module, image_prompt: list[int], text_prompt: lis
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """All LoRALinear and SoftPrompt modules by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | SoftPrompt)}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer gets, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
