@@ -355,6 +355,12 @@ class Chunk:
     pair: torch.Tensor  # (b,) the sequence's place among the pairs of the contrastive loss, -1 if it has none
     labels: torch.Tensor | None = None  # (b, T) the NEXT token, IGNORE outside of long captions; images only
     pixel_values: torch.Tensor | None = None  # (b, 3, height, width); images only
+    image_features: torch.Tensor | None = None  # (b, N, D) in their place, once the model has computed them
+
+    @property
+    def prefix(self) -> torch.Tensor:
+        """All that the embeddings depend on: the ids up to the last summary position."""
+        return self.input_ids[:, : int(self.summary.max()) + 1]
 
     def to(self, device) -> "Chunk":
         return Chunk(**{name: value.to(device) for name, value in vars(self).items() if value is not None})
@@ -513,8 +519,11 @@ class ResumableSampler(Sampler):
             yield list(zip(order[part].tolist(), draws[part].tolist()))
 
 
-def collate(samples: list[Sample | str], layout: Layout, micro_batch: int, caption_share: float = 1.0) -> Batch:
-    """Lay samples out as sequences, sort them by length, pad them on the right, `micro_batch` at a time.
+def collate(
+    samples: list[Sample | str], layout: Layout, micro_batch: int, caption_share: float = 1.0, multiple: int = 1
+) -> Batch:
+    """Lay samples out as sequences, sort them by length, pad them on the right, `micro_batch` at a time, to the next
+    `multiple` of tokens (GPUs, and what is compiled, like few and round lengths).
 
     `caption_share` is the share of the images with both kinds of captions whose long one is trained on, the first ones;
     an image that has only a long caption always trains it.
@@ -537,8 +546,8 @@ def collate(samples: list[Sample | str], layout: Layout, micro_batch: int, capti
         sequences = sorted(sequences, key=lambda sequence: len(sequence[0]))
         for first in range(0, len(sequences), micro_batch):
             ids, pairs, pixels = zip(*sequences[first : first + micro_batch])
-            padded = [torch.tensor(row) for row in ids]
-            input_ids = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
+            width = math.ceil(max(map(len, ids)) / multiple) * multiple
+            input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids])
             lengths = torch.tensor([len(row) for row in ids])
             if pixels[0] is None:
                 yield Chunk(input_ids, lengths - 1, torch.tensor(pairs))

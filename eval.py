@@ -51,7 +51,7 @@ from data import (
     read_winoground,
 )
 from lora import AdapterError, SoftPrompt, adapters, adapters_disabled, load_adapter
-from model import CheckpointError, Llava
+from model import CheckpointError, Llava, LlavaConfig
 
 ROOT = Path(__file__).parent
 TOY_MODEL = ROOT / "toy" / "tiny-llava"
@@ -119,25 +119,34 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
 def load_base(
     folder: str | Path, device: str | None, image_prompt: str = IMAGE_PROMPT, text_prompt: str = TEXT_PROMPT
 ) -> Run:
+    folder, config, layout, processor = inspect_base(folder, image_prompt, text_prompt)
+    where, dtype = pick_device(device)
+    model = Llava.from_pretrained(folder, dtype, where)
+    model.config.eos_token_ids = config.eos_token_ids
+    return Run(model, layout, processor)
+
+
+def inspect_base(
+    folder: str | Path, image_prompt: str = IMAGE_PROMPT, text_prompt: str = TEXT_PROMPT
+) -> tuple[Path, LlavaConfig, Layout, ImageProcessor]:
+    """A LLaVA folder without its weights, checked: where it is, and what its small files say."""
     given, folder = folder, Path(folder) if Path(folder).is_dir() else ROOT / folder  # toy/tiny-llava from anywhere
     if not folder.is_dir():
         raise CheckpointError(f"{given}: no such folder; give a Hugging Face LLaVA folder or a run of train.py")
-    where, dtype = pick_device(device)
-    model = Llava.from_pretrained(folder, dtype, where)
-    tokenizer, processor = TextTokenizer(folder), ImageProcessor.from_pretrained(folder)
-    layout = Layout(tokenizer, model.config.num_image_tokens, image_prompt, text_prompt)
-    if layout.image_id != model.config.image_token_id:
+    config = LlavaConfig.from_pretrained(folder)
+    layout = Layout(TextTokenizer(folder), config.num_image_tokens, image_prompt, text_prompt)
+    if layout.image_id != config.image_token_id:
         raise DataError(
-            f"{folder}: <image> is {layout.image_id} in tokenizer.json, {model.config.image_token_id} in config.json: "
+            f"{folder}: <image> is {layout.image_id} in tokenizer.json, {config.image_token_id} in config.json: "
             "the files belong to different models"
         )
-    if processor.size != (model.config.vision.image_size,) * 2:
+    processor, side = ImageProcessor.from_pretrained(folder), config.vision.image_size
+    if processor.size != (side, side):
         raise DataError(
-            f"{folder}: preprocessor_config.json makes images of {processor.size}, config.json wants "
-            f"{model.config.vision.image_size} pixels square"
+            f"{folder}: preprocessor_config.json makes images of {processor.size}, config.json wants {side} x {side}"
         )
-    model.config.eos_token_ids = tuple({*model.config.eos_token_ids, layout.stop_id})
-    return Run(model, layout, processor)
+    config.eos_token_ids = tuple({*config.eos_token_ids, layout.stop_id})
+    return folder, config, layout, processor
 
 
 # ---- Embeddings: the last hidden state at the summary position, at unit length

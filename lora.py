@@ -9,7 +9,7 @@
 
 LoRA: arXiv 2106.09685. Soft prompts start as the embeddings of the hand-written prompts, as in the paper.
 
-Axes: B batch, T tokens, D hidden, R rank, P prompt tokens, V vocabulary.
+Axes: B batch, T tokens, N all of them, D hidden, R rank, P prompt tokens, V vocabulary.
 """
 
 import json
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -60,11 +61,67 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        return self.project(x, [self])[0]
+
+    def project(self, x, layers: list["LoRALinear"]):
+        """One input through several layers, all LoRALinear of one config: x (..., in) -> a list of (..., out)."""
         if not self.enabled:
-            return y
-        x = F.linear(F.dropout(x, self.config.dropout, self.training), self.lora_A.weight.to(x.dtype))
-        return y + self.config.scale * F.linear(x, self.lora_B.weight.to(x.dtype))
+            return [F.linear(x, layer.weight, layer.bias) for layer in layers]
+        # Computed in the base's precision; the gradients arrive, and are summed up, in fp32.
+        tensors = [
+            (layer.weight, layer.bias, layer.lora_A.weight.to(x.dtype), layer.lora_B.weight.to(x.dtype))
+            for layer in layers
+        ]
+        dropout = self.config.dropout if self.training else 0.0
+        if dropout or (self.weight.requires_grad and torch.is_grad_enabled()):
+            return [lora_linear(x, *each, self.config.scale, dropout) for each in tensors]
+        flat = [tensor for each in tensors for tensor in each]
+        return LeanLoRA.apply(x, getattr(x, "recipe", None), self.config.scale, *flat)
+
+
+def lora_linear(x, weight, bias, A, B, scale: float, dropout: float = 0.0):
+    """The reference. x (..., in), weight (out, in), A (R, in), B (out, R) -> (..., out)."""
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(F.dropout(x, dropout), A), B)
+
+
+class LeanLoRA(torch.autograd.Function):
+    """`lora_linear` of several layers with one input, for frozen weights and without dropout. The A's of all layers are
+    one product, sums are made inside of products, and an input with a recipe (see model.py) is not kept for the
+    backward pass but made again."""
+
+    @staticmethod
+    def forward(ctx, x, recipe, scale, *tensors):
+        weights, biases, As, Bs = (tensors[i::4] for i in range(4))
+        ctx.function, kept = recipe or (None, [x])
+        A, rows = torch.cat(As), x.flatten(0, -2)  # (layers * R, in), (N, in)
+        down = rows @ A.T
+        ctx.save_for_backward(down, A, *(tensor.detach() for tensor in kept), *weights, *Bs)
+        ctx.scale, ctx.rank, ctx.shape, ctx.count = scale, len(As[0]), x.shape, len(weights)
+        return tuple(
+            F.linear(rows, weight, bias).addmm_(part, B.T, alpha=scale).unflatten(0, x.shape[:-1])
+            for weight, bias, B, part in zip(weights, biases, Bs, down.split(ctx.rank, dim=1))
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        down, A, *kept = ctx.saved_tensors
+        kept, weights, Bs = kept[: -2 * ctx.count], kept[-2 * ctx.count : -ctx.count], kept[-ctx.count :]
+        rows = (ctx.function(*kept) if ctx.function else kept[0]).flatten(0, -2)
+        gradients = [gradient.flatten(0, -2) for gradient in gradients]  # (N, out)
+        down_gradient = torch.cat([gradient @ B for gradient, B in zip(gradients, Bs)], dim=1).mul_(ctx.scale)
+        A_gradients = (down_gradient.T @ rows).split(ctx.rank)
+        B_gradients = [
+            (gradient.T @ part).mul_(ctx.scale) for gradient, part in zip(gradients, down.split(ctx.rank, dim=1))
+        ]
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = down_gradient @ A
+            for gradient, weight in zip(gradients, weights):
+                x_gradient.addmm_(gradient, weight)
+            x_gradient = x_gradient.view(ctx.shape)
+        of_layers = [(None, None, *pair) for pair in zip(A_gradients, B_gradients)]
+        return x_gradient, None, None, *(gradient for layer in of_layers for gradient in layer)
 
 
 class SoftPrompt(nn.Module):

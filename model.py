@@ -4,8 +4,8 @@
     hidden = model(input_ids, pixel_values)                          # (B, T, D), after the final norm
     answers = model.generate([[1, 3148, 1001, ...]], pixel_values)   # lists of token ids
 
-One class per box of the diagram, from the bottom up. Attributes carry the parameter names of Hugging Face checkpoints,
-so that loading is a renaming of prefixes and nothing else; what is read and what is refused is at the end of the file.
+One class per box of the diagram, from the bottom up. Attributes carry the names of Hugging Face's parameters, so that
+loading is a renaming of prefixes and nothing else; what is read and what is refused is at the end of the file.
 
 Axes: B batch, T tokens, S cached tokens, N image tokens, D hidden, H heads, K key/value heads, V vocabulary.
 """
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
@@ -45,13 +46,11 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
 
     @property
-    def is_clip(self) -> bool:
-        """CLIP has a class token and a norm before the first layer, SigLIP a bias on its patch embedding instead."""
+    def is_clip(self) -> bool:  # a class token and a norm before the first layer; SigLIP: a bias on the patch embedding
         return self.model_type == "clip_vision_model"
 
     @property
-    def num_states(self) -> int:
-        """Hidden states of one image: its patches, and CLIP's class token in front of them."""
+    def num_states(self) -> int:  # of one image: its patches, and CLIP's class token in front of them
         return (self.image_size // self.patch_size) ** 2 + self.is_clip
 
 
@@ -83,10 +82,8 @@ class TextConfig:
 # What an absent key means, where it differs from the dataclasses above.
 QWEN2 = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
 SIGLIP = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-DEFAULTS = {
-    VisionConfig: {"clip_vision_model": {}, "siglip_vision_model": SIGLIP},
-    TextConfig: {"llama": {}, "qwen2": QWEN2},
-}
+VISION, TEXT = {"clip_vision_model": {}, "siglip_vision_model": SIGLIP}, {"llama": {}, "qwen2": QWEN2}
+DEFAULTS = {VisionConfig: VISION, TextConfig: TEXT}
 CLIP_LARGE_336 = VisionConfig("clip_vision_model", 1024, 4096, 24, 16, 3, 336, 14)  # where vision_config is absent
 ACTIVATIONS = {
     "silu": F.silu,
@@ -109,13 +106,11 @@ class LlavaConfig:
     eos_token_ids: tuple[int, ...] = (2,)  # generation stops at any of them
 
     @property
-    def num_vision_layers(self) -> int:
-        """Vision layers the feature needs: hidden state 0 is the input, hidden state i the output of layer i - 1."""
+    def num_vision_layers(self) -> int:  # hidden state 0 is the tower's input, hidden state i the output of layer i - 1
         return self.vision_feature_layer % (self.vision.num_hidden_layers + 1)
 
     @property
-    def num_image_tokens(self) -> int:
-        """Positions that one image takes in `input_ids`: 576 for LLaVA-1.5, 729 for the interleave models."""
+    def num_image_tokens(self) -> int:  # positions of one image in `input_ids`: 576 in LLaVA-1.5
         return self.vision.num_states - (self.vision_feature_select_strategy == "default")
 
     @classmethod
@@ -140,8 +135,7 @@ class LlavaConfig:
         """Itself. Raises CheckpointError, with every reason, unless the numbers fit together."""
         v, t, act, strategy = self.vision, self.text, self.projector_hidden_act, self.vision_feature_select_strategy
         rules = [
-            (v.hidden_act in ACTIVATIONS, f"vision hidden_act {v.hidden_act!r} is unknown"),
-            (act in ACTIVATIONS, f"projector_hidden_act {act!r} is unknown"),
+            ({v.hidden_act, act} <= ACTIVATIONS.keys(), f"hidden_act {v.hidden_act!r} or {act!r} is unknown"),
             (t.hidden_act == "silu", f"text_config.hidden_act {t.hidden_act!r} is not 'silu'"),
             (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r} is unknown"),
             (v.hidden_size % v.num_attention_heads == 0, f"vision heads do not divide {v.hidden_size}"),
@@ -221,9 +215,7 @@ class VisionTower(nn.Module):
         return x
 
 
-class MultiModalProjector(nn.Module):
-    """Two linear layers from the vision tower's width to the language model's. LLaVA-1.5: arXiv 2310.03744."""
-
+class MultiModalProjector(nn.Module):  # from the vision tower's width to the language model's: arXiv 2310.03744
     def __init__(self, config: LlavaConfig):
         super().__init__()
         D, bias = config.text.hidden_size, config.multimodal_projector_bias
@@ -238,18 +230,48 @@ class MultiModalProjector(nn.Module):
 # ---- Language model: LLaMA (arXiv 2302.13971); Qwen2 is the same with biases on q, k and v.
 def rotary_embedding(positions, head_dim: int, theta: float, dtype: torch.dtype):
     """Cosine and sine of every position's angles, in fp32 until the last cast (RoPE, arXiv 2104.09864).
-    positions (B or 1, T) -> two tensors (B or 1, 1, T, head_dim), the second half of the last axis repeating the first.
-    """
+    positions (B or 1, T) -> two tensors (B or 1, 1, T, head_dim), the angles twice, the first half's sine negated."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[:, None, :, None].float() / theta**exponents  # (B or 1, 1, T, head_dim / 2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x, cos, sin):
     """Turn the pairs (x[i], x[i + head_dim / 2]); Hugging Face's weights are laid out for halves, not neighbours."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def project(x, *layers):
+    """One input through several linear layers; LoRA's layers (lora.py) do it at once."""
+    at_once = all(hasattr(layer, "project") for layer in layers)
+    return layers[0].project(x, layers) if at_once else [layer(x) for layer in layers]
+
+
+def made_of(function, *inputs):
+    """function(*inputs), with its recipe: it is cheap to make again, so who needs it for gradients need not keep it."""
+    result = function(*inputs)
+    result.recipe = function, inputs
+    return result
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return made_of(super().forward, x)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (arXiv 2002.05202), which keeps nothing but its inputs."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 class Attention(nn.Module):
@@ -266,11 +288,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, layer=0):
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, head_dim)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
+        q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)  # (B, K, S, head_dim) and (B, 1, T, S), no mask on first use
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
@@ -286,15 +307,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, D, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(made_of(SwiGLU.apply, gate, up))
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None, layer=0):
@@ -308,27 +330,25 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpoint_layers = 0  # the first layers keep only their input, and are computed again for the gradients
 
     def forward(self, embeddings, cache=None):
         """embeddings (B, T, D) -> hidden states (B, T, D) after the final norm; with a cache, they continue its rows.
-
-        Attention is causal and needs no padding mask, as padding stands on the RIGHT: no real token sees it.
-        """
+        Attention is causal and needs no padding mask, as padding stands on the RIGHT: no real token sees it."""
         x = embeddings
         positions = torch.arange(x.shape[1], device=x.device)[None] if cache is None else cache.extend(x.shape[1])
         cos, sin = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):
+            if index < self.checkpoint_layers and torch.is_grad_enabled():
+                layer = partial(checkpoint, layer, use_reentrant=False)  # reentrant, LoRA would get no gradient
             x = layer(x, cos, sin, cache, index)
         return self.norm(x)
 
 
 class KVCache:
-    """Keys and values of the tokens that a batch of conversations has seen; grows as needed.
-
-    `tokens[b]` are the ids whose keys and values row b holds. Rows may differ in length: what lies behind a row's last
-    token is padding, masked out and overwritten later.
-    """
+    """Keys and values of the tokens that a batch of conversations has seen. `tokens[b]` are the ids that row b holds;
+    rows may differ in length: what lies behind a row's last token is padding, masked out and overwritten later."""
 
     def __init__(self, config: TextConfig, batch_size: int, dtype: torch.dtype, device: torch.device | str):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, 0, config.head_dim)
@@ -348,8 +368,8 @@ class KVCache:
         self.end = max(map(len, self.tokens)) + T
         self.reserve(self.end)
         slots = torch.arange(self.end, device=lengths.device)
-        # With nothing cached, the new tokens attend among themselves: plain causal attention, the fast path.
-        self.mask = slots <= self.positions[:, None, :, None] if any(self.tokens) else None  # (B, 1, T, S)
+        # (B, 1, T, S), or none: with nothing cached, attention among the new tokens is plainly causal, the fast path.
+        self.mask = slots <= self.positions[:, None, :, None] if any(self.tokens) else None
         return self.positions
 
     def update(self, layer: int, key, value):
@@ -374,13 +394,8 @@ class Llava(nn.Module):
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
-    @property
-    def device(self) -> torch.device:
-        return self.lm_head.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+    device = property(lambda self: self.lm_head.weight.device)
+    dtype = property(lambda self: self.lm_head.weight.dtype)
 
     def image_features(self, pixel_values):
         """pixel_values (images, 3, height, width) -> what takes the place of the image tokens (images, N, D)."""
@@ -404,15 +419,12 @@ class Llava(nn.Module):
 
     def forward(self, input_ids, pixel_values=None, image_features=None, cache=None):
         """ids (and images) -> hidden states (B, T, D) after the final norm; those at padding are meaningless.
-
         input_ids: (B, T) int64, padded on the right with 0; the image token's id once per image feature.
         pixel_values: (images, 3, image_size, image_size) in reading order, or their image_features: (images, N, D).
-        cache: holds what stands in front of input_ids; the caller extends its `tokens` by what was not padding.
-        """
+        cache: holds what stands in front of input_ids; the caller extends its `tokens` by what was not padding."""
         return self.language_model(self.embed(input_ids, pixel_values, image_features), cache)
 
-    def logits(self, hidden):
-        """hidden (..., D) -> next-token logits (..., V)."""
+    def logits(self, hidden):  # (..., D) -> (..., V), of the next token
         return self.lm_head(hidden)
 
     def new_cache(self, batch_size: int) -> KVCache:
@@ -424,12 +436,9 @@ class Llava(nn.Module):
         top_p: float = 1.0, generator: torch.Generator | None = None, cache: KVCache | None = None
     ) -> list[list[int]]:  # fmt: skip
         """Continue each prompt up to a stop token (config.eos_token_ids) or max_new_tokens -> each row's new ids.
-
         prompts: token ids, rows of any lengths, image tokens expanded; pixel_values: their images in reading order.
         temperature: 0 picks the likeliest token (greedy), above samples, among those that together hold top_p > 0.
-        cache: from `new_cache`, to continue a conversation: pass the whole of it, the cached part is not computed
-            again, and images are needed only when their tokens are new.
-        """
+        cache: from `new_cache`; pass the whole conversation: what is cached is not computed again, nor its images."""
         cache = cache if cache is not None else self.new_cache(len(prompts))
         for prompt, seen in zip(prompts, cache.tokens, strict=True):
             if prompt[: len(seen)] != seen or len(prompt) == len(seen):
@@ -461,8 +470,7 @@ class Llava(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device: torch.device | str = "cpu") -> "Llava":
-        """Read a Hugging Face LLaVA folder, tensor by tensor, onto `device`, as `dtype`. Raises CheckpointError, with
-        all missing, unexpected and mis-shaped tensors in one message."""
+        """Read a Hugging Face LLaVA folder onto `device` as `dtype`. Raises CheckpointError with all faults at once."""
         config = LlavaConfig.from_pretrained(folder)
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
@@ -470,11 +478,8 @@ class Llava(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write a new Hugging Face LLaVA folder: config.json, generation_config.json, safetensors under the old names.
-
-        The vision tower is written as it is held, so the saved config ends at the feature layer and calls it -1.
-        Raises FileExistsError where there are weights already.
-        """
+        """Write a new Hugging Face LLaVA folder, safetensors under the old names. The vision tower is written as it is
+        held: it ends at the feature layer, which is called -1. Raises FileExistsError where there are weights."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("model*.safetensors")):
@@ -483,9 +488,9 @@ class Llava(nn.Module):
         vision = dataclasses.replace(self.config.vision, num_hidden_layers=self.config.num_vision_layers)
         config = dataclasses.replace(self.config, vision=vision, vision_feature_layer=-1).to_dict()
         config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
-        stop = {"eos_token_id": list(self.config.eos_token_ids)}
-        (folder / "generation_config.json").write_text(json.dumps(stop, indent=2) + "\n")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: now the folder is complete
+        files = {"generation_config": {"eos_token_id": list(self.config.eos_token_ids)}, "config": config}
+        for name, content in files.items():  # config.json last: now the folder is complete
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def choose_tokens(logits, temperature: float, top_p: float, generator=None):
@@ -493,8 +498,7 @@ def choose_tokens(logits, temperature: float, top_p: float, generator=None):
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities, ids = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    # Keep a token while the ones in front of it hold less than top_p: the first one always stays.
-    keep = probabilities.cumsum(dim=-1) - probabilities < top_p
+    keep = probabilities.cumsum(dim=-1) - probabilities < top_p  # what stands in front: the first one always stays
     picked = torch.multinomial(probabilities * keep, 1, generator=generator)
     return ids.gather(-1, picked).squeeze(-1)
 
@@ -559,16 +563,15 @@ def read_stop_tokens(path: Path, text: dict) -> tuple[int, ...]:
 def refuse_unsupported(path: Path, raw: dict) -> None:
     kind, original = raw.get("model_type"), "LlavaLlamaForCausalLM" in str(raw.get("architectures"))
     reasons = {
-        "LLaVA's original layout keeps its vision tower elsewhere and its weights in pickle; use the Hugging Face "
-        "conversion of the same model, for example llava-hf/llava-1.5-7b-hf": "mm_vision_tower" in raw or original,
+        "LLaVA's original layout keeps its weights in pickle; use the Hugging Face conversion of the same model, for "
+        "example llava-hf/llava-1.5-7b-hf": "mm_vision_tower" in raw or original,
         f"model_type is {kind!r}; only 'llava' is supported: LLaVA-1.5 and the interleave models, not LLaVA-NeXT, "
         "OneVision or Qwen2-VL": kind != "llava",
         "the weights are quantised; use the fp16, bf16 or fp32 checkpoint": bool(raw.get("quantization_config")),
         "vision_feature_layer is a list; only one is supported": isinstance(raw.get("vision_feature_layer"), list),
     }
-    for reason, refused in reasons.items():
-        if refused:
-            raise CheckpointError(f"{path}: {reason}")
+    if reason := next((reason for reason, refused in reasons.items() if refused), None):
+        raise CheckpointError(f"{path}: {reason}")
 
 
 def broken_download(path: Path) -> str:
@@ -579,7 +582,7 @@ def broken_download(path: Path) -> str:
         head = file.read(8)
     if head == b"version ":
         return "it is a Git LFS pointer: run `git lfs pull`, or download the file itself"
-    return "it is an HTML page: download it again" if head[:1] == b"<" else "the download may be incomplete: repeat it"
+    return f"{'it is an HTML page' if head[:1] == b'<' else 'it may be incomplete'}: download it again"
 
 
 def open_weights(path: Path):
@@ -611,7 +614,6 @@ def weight_files(folder: Path) -> list[Path]:
 
 def canonical_name(name: str) -> str:
     """Any of the four layouts in the wild -> the names of `Llava.state_dict()`.
-
     old     language_model.model.layers.0...   language_model.lm_head.weight   vision_tower.vision_model....
     new     model.language_model.layers.0...                  lm_head.weight   model.vision_tower.vision_model....
     newest  model.language_model.layers.0...                  lm_head.weight   model.vision_tower....
@@ -643,12 +645,9 @@ def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.d
                     continue
                 if kind not in ("F64", "F32", "F16", "BF16"):
                     raise CheckpointError(f"{path}: {stored} is {kind}: quantised; use the fp16, bf16 or fp32 original")
-                if name not in expected:
-                    faults.append(f"unexpected: {stored} {shape}")
-                elif shape != expected[name]:
-                    faults.append(f"wrong shape: {stored} {shape}, expected {expected[name]}")
-                elif name in seen:
-                    faults.append(f"twice: {stored}")
+                wrong = {"unexpected": name not in expected, "twice": name in seen}
+                wrong |= {f"not of shape {expected.get(name)}": shape != expected.get(name, shape)}
+                faults += [f"{what}: {stored} {shape}" for what, found in wrong.items() if found]
                 sources[path][name] = stored
                 seen.add(name)
     tied = model.config.text.tie_word_embeddings
@@ -677,7 +676,7 @@ def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
     assert not any(".lora_" in name for name in tensors), "the model has adapters: merge_lora first, or save_adapter"
     if model.config.text.tie_word_embeddings:
         tensors.pop("lm_head.weight")
-    # transformers looks for the norm behind the vision tower, though LLaVA never applies it: one that does nothing.
+    # transformers wants the norm behind the vision tower, though LLaVA never applies it: one that does nothing.
     ones = torch.ones(model.config.vision.hidden_size, dtype=model.dtype)
     tensors |= {"vision_tower.post_layernorm.weight": ones, "vision_tower.post_layernorm.bias": torch.zeros_like(ones)}
     shards, room = [{}], max_shard_bytes

@@ -29,9 +29,11 @@ from tqdm import tqdm
 
 from data import (
     IMAGE_PROMPT,
+    LONGEST,
     TEXT_PROMPT,
     Batch,
     CaptionDataset,
+    Chunk,
     DataError,
     ResumableSampler,
     collate,
@@ -45,13 +47,16 @@ from eval import (
     caption,
     evaluate,
     gallery,
+    inspect_base,
     load_base,
     paper_rows,
+    pick_device,
     print_table,
     summary,
 )
 from lora import LoRAConfig, add_lora, add_soft_prompts, freeze, save_adapter, trainable_parameters
-from losses import contrastive_loss, linear_cross_entropy, vladva_loss
+from losses import backward_cached, backward_whole, linear_cross_entropy, tiled_contrastive_loss, vladva_loss
+from model import Llava, LlavaConfig
 
 
 def setting(default, help: str):
@@ -70,8 +75,13 @@ class TrainConfig:
     )
     out: str = setting("runs/toy", "run folder; a former run of train.py there is replaced, anything else left alone")
     steps: int = setting(150, "optimiser steps")
-    batch_size: int = setting(128, "images in a batch, the negatives of one another; all their activations are kept")
-    micro_batch: int = setting(32, "sequences of like length that are padded together")
+    batch_size: int = setting(128, "images in a batch, the negatives of one another")
+    micro_batch: int = setting(32, "sequences of like length that go through the model together")
+    gradient_cache: bool = setting(
+        False, "hold the activations of one micro-batch at a time: exact, and about 1.4 times the work"
+    )
+    checkpoint_layers: int = setting(0, "first layers whose activations are computed again instead of held")
+    compile: bool = setting(False, "compile the language model's layers: a minute or two at the start, faster steps")
     caption_share: float = setting(0.25, "share of a batch whose long captions are trained on (paper: 1)")
     contrast: str = setting("short", "captions of the contrastive loss: short, or long (which collapses)")
     groups: bool = setting(True, "keep records of one group, such as a scene and its twin, neighbours")
@@ -99,7 +109,7 @@ class TrainConfig:
         """Raise DataError for values that cannot work, all in one message."""
         counts = (self.steps, self.batch_size, self.micro_batch)
         rates = (self.lr, self.soft_lr, self.temperature_lr, self.contrastive_weight, self.ar_weight, self.weight_decay)
-        whole = (self.lora_rank, self.workers, self.save_every, self.warmup, self.seed)
+        whole = (self.lora_rank, self.workers, self.save_every, self.warmup, self.seed, self.checkpoint_layers)
         rules = {
             "steps, batch_size and micro_batch must be at least 1": min(counts) >= 1,
             "caption_share must lie in [0, 1]": 0 <= self.caption_share <= 1,
@@ -110,7 +120,7 @@ class TrainConfig:
             "learning rates, weights and weight_decay must be finite and not negative": all(
                 0 <= rate < math.inf for rate in rates
             ),
-            "lora_rank, workers, save_every, warmup and seed must not be negative": min(whole) >= 0,
+            "lora_rank, workers, save_every, warmup, seed and checkpoint_layers must not be negative": min(whole) >= 0,
             "one of the two losses needs a weight": self.contrastive_weight + self.ar_weight > 0,
             "without soft prompts and LoRA there is nothing to train": self.soft_prompts or self.lora_rank > 0,
         }
@@ -122,35 +132,52 @@ class TrainConfig:
 
 
 def training_step(model: nn.Module, batch: Batch, log_scale: torch.Tensor, config: TrainConfig) -> dict[str, float]:
-    """Forward and backward of one batch; gradients are added to the parameters'. Returns the losses.
+    """Forward and backward of one batch, chunk by chunk; gradients are added to the parameters'. Returns the losses.
 
     Each image runs through the model once: its hidden state at the summary position is the embedding, and those behind
     it predict the long caption, which the summary cannot see, since attention is causal.
     """
-    embeddings: dict[str, list] = {"image": [], "text": []}
-    autoregressive = torch.zeros((), device=model.device)
-    for side, chunks in (("image", batch.images), ("text", batch.texts if config.contrastive_weight else [])):
-        for chunk in chunks:
-            chunk = chunk.to(model.device)
-            hidden = model(chunk.input_ids, chunk.pixel_values)  # (b, T, D)
-            summary = hidden[torch.arange(len(hidden), device=model.device), chunk.summary]
-            embeddings[side].append((chunk.pair, summary))
-            if chunk.labels is not None and config.ar_weight:
-                autoregressive += linear_cross_entropy(hidden, model.lm_head.weight, chunk.labels, batch.num_tokens)
-
-    def in_order(side):
-        """Chunks were sorted by length: put row i back to pair i, (pairs, D)."""
-        pair, rows = (torch.cat(parts) for parts in zip(*embeddings[side]))
-        return rows[pair.argsort()[-batch.num_pairs :]]  # rows without a partner carry -1 and come first
-
-    contrastive = torch.zeros((), device=model.device)
-    if config.contrastive_weight and batch.num_pairs:
-        contrastive = contrastive_loss(in_order("image"), in_order("text"), log_scale.exp())
-    loss = vladva_loss(contrastive, autoregressive, config.contrastive_weight, config.ar_weight)
-    if not loss.requires_grad:
+    contrastive_weight = config.contrastive_weight if batch.num_pairs else 0.0
+    if not (contrastive_weight or (batch.num_tokens and config.ar_weight)):
         raise DataError(f"a batch without a caption for any loss that is switched on {batch.skipped[:1]}")
-    loss.backward()
-    return {"loss": loss.item(), "contrastive": contrastive.item(), "autoregressive": autoregressive.item()}
+    chunks = batch.images + (batch.texts if contrastive_weight else [])
+
+    def hidden_states(chunk: Chunk, input_ids: torch.Tensor) -> torch.Tensor:
+        if chunk.pixel_values is not None and chunk.image_features is None:  # from frozen layers: once is enough
+            chunk.image_features = model.image_features(chunk.pixel_values.to(model.device))
+        return model(input_ids.to(model.device), image_features=chunk.image_features)  # (b, T, D)
+
+    def summaries(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[torch.arange(len(hidden), device=model.device), chunk.summary.to(model.device)]
+
+    def embed(chunk: Chunk) -> torch.Tensor:
+        # What stands behind the summary does not matter, but dropout masks are drawn for whole sequences.
+        ids = chunk.input_ids if config.lora_rank and config.lora_dropout else chunk.prefix
+        return summaries(chunk, hidden_states(chunk, ids))
+
+    def forward(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, share = hidden_states(chunk, chunk.input_ids), torch.zeros((), device=model.device)
+        if chunk.labels is not None and config.ar_weight:
+            labels = chunk.labels.to(model.device)
+            share = linear_cross_entropy(hidden, model.lm_head.weight, labels, batch.num_tokens)
+        return summaries(chunk, hidden), share
+
+    def contrast(embeddings: list[torch.Tensor]) -> torch.Tensor:
+        sides = embeddings[: len(batch.images)], embeddings[len(batch.images) :]
+        images, texts = (in_order(*side) for side in zip(sides, (batch.images, batch.texts)))
+        return tiled_contrastive_loss(images, texts, log_scale.exp())
+
+    def in_order(embeddings: list[torch.Tensor], chunks: list[Chunk]) -> torch.Tensor:
+        """Chunks were sorted by length: put row i back to pair i, (pairs, D)."""
+        pair = torch.cat([chunk.pair for chunk in chunks])
+        rows = pair.argsort()[len(pair) - batch.num_pairs :]  # those without a partner carry -1 and come first
+        return torch.cat(list(embeddings))[rows.to(model.device)]
+
+    weights = contrastive_weight, config.ar_weight
+    backward = backward_cached if config.gradient_cache else backward_whole
+    contrastive, autoregressive = (loss.item() for loss in backward(chunks, embed, forward, contrast, weights))
+    loss = vladva_loss(contrastive, autoregressive, *weights)
+    return {"loss": loss, "contrastive": contrastive, "autoregressive": autoregressive}
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -177,9 +204,83 @@ def make_optimizer(model: nn.Module, log_scale: nn.Parameter, config: TrainConfi
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98))
 
 
+def memory_estimate(
+    config: TrainConfig, llava: LlavaConfig, dataset: CaptionDataset, bytes_per_number: int
+) -> dict[str, float]:
+    """GB that training will take, by part, for captions as long as those of the first records.
+
+    Kept of each layer and token, in numbers: both norms' inputs (2 D), queries, keys and values, what attention
+    returned, gate and up. A checkpointed layer keeps its input, and is there once while it is computed again.
+    """
+    t, layout = llava.text, dataset.layout
+    with torch.device("meta"):  # shapes without memory
+        run = Run(Llava(llava), layout, dataset.processor)
+    add_adapters(run, config)
+    trainable = sum(p.numel() for p in trainable_parameters(run.model).values())
+    total = sum(p.numel() for p in run.model.parameters())
+    heads = (2 * t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
+    layer = 2 * t.hidden_size + heads + 2 * t.intermediate_size + 7 * config.lora_rank
+    checkpointed = min(config.checkpoint_layers, t.num_hidden_layers)
+    token = layer * (t.num_hidden_layers - checkpointed) + t.hidden_size * (checkpointed + 2)
+    token += layer if checkpointed else 0
+
+    # A batch of captions as they come, sorted and padded as `collate` does it.
+    captions = [dataset.captions(dataset.record(index)) for index in range(min(config.batch_size, len(dataset)))]
+    texts = [len(layout.text_side(short[0])) for short, _ in captions if short]
+    supervised = math.ceil(len(captions) * config.caption_share) if config.ar_weight else 0
+    images = [layout.image_summary + 1] * len(captions)
+    for index, (_, long) in enumerate(captions[:supervised]):
+        images[index] += len(long[0]) + 1 if long else 0
+    chunks = []
+    for lengths in (sorted(images), sorted(texts)):
+        for first in range(0, len(lengths), config.micro_batch):
+            part = lengths[first : first + config.micro_batch]
+            chunks.append(len(part) * part[-1])
+    tokens = max(chunks) if config.gradient_cache else sum(chunks) * config.batch_size / len(captions)
+    features = config.batch_size * llava.num_image_tokens * t.hidden_size
+    rows = min(max(256, 2**27 // (4 * t.vocab_size)), config.batch_size * LONGEST)
+    parts = {
+        "weights": (total - trainable) * bytes_per_number,
+        "adapters, their gradients and AdamW": trainable * 16,
+        "activations": tokens * token * bytes_per_number,
+        "image features": features * bytes_per_number,
+        "logits": rows * t.vocab_size * 8 if config.ar_weight else 0,
+    }
+    return {name: size / 1e9 for name, size in parts.items()} | {
+        "a sequence": max(images) * token * bytes_per_number / 1e9
+    }
+
+
+def free_memory(device: torch.device) -> float:
+    """GB that are free on a device, infinite where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    if device.type == "mps":
+        return (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) / 1e9
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (ValueError, OSError, AttributeError):
+        return math.inf
+
+
+def print_memory(config: TrainConfig, parts: dict[str, float], free: float) -> None:
+    sequence = parts.pop("a sequence")
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {size:.2g}" for name, size in parts.items())
+    print(f"memory: about {total:.2g} GB of {free:.2g} GB free ({listed})")
+    fitting = int((free - total + parts["activations"]) / sequence) if math.isfinite(free) else config.batch_size
+    if total > free:
+        advice = "too much: --gradient_cache with a --micro_batch" if fitting > 0 else "even one is too much: the limit"
+        print(f"  {advice} of up to {fitting} sequences; --checkpoint_layers saves more")
+
+
 def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> None:
     """The loop. Writes log.jsonl and checkpoints into `out`."""
     model, device = run.model.train(), run.model.device
+    model.language_model.checkpoint_layers = config.checkpoint_layers
+    if config.compile:
+        for layer in model.language_model.layers:
+            layer.compile(dynamic=True)
     log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature), device=device))
     optimizer = make_optimizer(model, log_scale, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -188,6 +289,7 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
     lay_out = partial(
         collate, layout=run.layout, micro_batch=config.micro_batch,
         caption_share=config.caption_share if config.ar_weight else 0.0,
+        multiple=32 if device.type == "cuda" or config.compile else 1,
     )  # fmt: skip
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=lay_out, num_workers=config.workers)
     skipped, started = [], time.perf_counter()
@@ -328,7 +430,12 @@ def job(config: TrainConfig) -> None:
     started = time.perf_counter()
     check_run_folder(config)
     score = None if config.data else toy_world(config)
-    run = load_base(config.model, config.device or None, config.image_prompt, config.text_prompt)
+    prompts = config.image_prompt, config.text_prompt
+    _, llava, layout, processor = inspect_base(config.model, *prompts)
+    dataset = CaptionDataset(config.data, layout, processor, config.image_root or None, config.contrast)
+    device, dtype = pick_device(config.device or None)
+    print_memory(config, memory_estimate(config, llava, dataset, dtype.itemsize), free_memory(device))
+    run = load_base(config.model, config.device or None, *prompts)
     if run.model.dtype == torch.float16:
         raise DataError(
             "this GPU has no bf16, and training in fp16 is not implemented; use another one, or --device cpu"
@@ -342,7 +449,6 @@ def job(config: TrainConfig) -> None:
     caption_before = caption(run, [open_image(picture)])[0] if picture else ""
 
     add_adapters(run, config)
-    dataset = CaptionDataset(config.data, run.layout, run.processor, config.image_root or None, config.contrast)
     trainable = sum(p.numel() for p in trainable_parameters(run.model).values())
     share = 100 * trainable / count
     print(f"{trainable:,} new parameters to train ({share:.1f} %), {len(dataset):,} images in {config.data}")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lora import (
     AdapterError,
+    LeanLoRA,
     LoRAConfig,
     LoRALinear,
     SoftPrompt,
@@ -16,6 +17,7 @@ from lora import (
     add_soft_prompts,
     freeze,
     load_adapter,
+    lora_linear,
     merge_lora,
     save_adapter,
     trainable_parameters,
@@ -207,3 +209,86 @@ def test_renamed_and_missing_tensors_are_listed(base, tmp_path):
         load_adapter(Llava.from_pretrained(folder), tmp_path / "adapter", IMAGE_PROMPT, TEXT_PROMPT)
     with pytest.raises(AdapterError, match="not an adapter"):
         load_adapter(Llava.from_pretrained(folder), tmp_path, [], [])
+
+
+def group(layers, bias, dtype=torch.float32):
+    """The tensors of several LoRA layers with one input of 6: weight (out, 6), bias, A (3, 6), B (out, 3)."""
+    made = []
+    for out in range(4, 4 + layers):
+        made += [torch.randn(out, 6), torch.randn(out) if bias else None, torch.randn(3, 6), torch.randn(out, 3)]
+    return [None if tensor is None else tensor.to(dtype) for tensor in made]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("with_recipe", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_lean_lora_is_the_reference(layers, bias, with_recipe, shape):
+    """Outputs and all gradients of LeanLoRA against the line that it stands for, one layer and several."""
+    source, tensors, results = torch.randn(*shape, 6), group(layers, bias), []
+    for lean in (True, False):
+        inputs = [source.clone().requires_grad_()]
+        flat = [
+            None if tensor is None else tensor.clone().requires_grad_(i % 4 > 1) for i, tensor in enumerate(tensors)
+        ]
+        inputs += [tensor for tensor in flat if tensor is not None and tensor.requires_grad]
+        x = torch.sin(inputs[0])
+        if lean:
+            outputs = LeanLoRA.apply(x, (torch.sin, (inputs[0],)) if with_recipe else None, 0.7, *flat)
+        else:
+            outputs = [lora_linear(x, *flat[i : i + 4], 0.7) for i in range(0, len(flat), 4)]
+        sum((y.square() * (i + 1)).sum() for i, y in enumerate(outputs)).backward()
+        results.append((*outputs, *(tensor.grad for tensor in inputs)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_lean_lora_passes_gradcheck(layers):
+    x, tensors = torch.randn(3, 6, dtype=torch.float64, requires_grad=True), group(layers, False, torch.float64)
+    trained = [tensor.requires_grad_() for i, tensor in enumerate(tensors) if i % 4 > 1]
+
+    def run(x, *trained):
+        flat = [trained[i // 4 * 2 + i % 4 - 2] if i % 4 > 1 else tensor for i, tensor in enumerate(tensors)]
+        return LeanLoRA.apply(x, None, 0.5, *flat)
+
+    assert torch.autograd.gradcheck(run, (x, *trained))
+
+
+def test_lean_lora_on_the_first_layer_that_needs_gradients():
+    """An input without gradient, as embeddings are without soft prompts, gets none; A and B get theirs."""
+    x, (weight, _, A, B) = torch.randn(4, 6), group(1, False)
+    A.requires_grad_(), B.requires_grad_()
+    LeanLoRA.apply(x, None, 0.5, weight, None, A, B)[0].square().sum().backward()
+    ours = A.grad.clone(), B.grad.clone()
+    A.grad = B.grad = None
+    lora_linear(x, weight, None, A, B, 0.5).square().sum().backward()
+    torch.testing.assert_close(ours, (A.grad, B.grad))
+
+
+def test_what_has_a_recipe_is_not_kept(base):
+    """Between the norms, the product of the MLP and the layers that read them, nothing is kept twice: a layer keeps
+    its two norms' inputs, q, k and v, what attention returned, gate and up, and what the A's made."""
+    model, _, _ = base
+    adapted(model)
+    ids, sizes = torch.tensor([[1, 2, 3, 4, 5, 99, 100]]), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t
+    ):
+        kept = model(ids)
+    assert kept.requires_grad
+    D, heads, hidden, rank, T = 32, 4 * 8 + 2 * 2 * 8 + 4 * 8, 56, 7 * 4, 7
+    A = 5 * D * 4 + (D + hidden) * 4  # the concatenated A's of q, k, v and of gate, up; those of o and down
+    layer = T * (2 * D + heads + 2 * hidden + rank + 4 + 2) + A  # 4: log-sum-exp of the heads, 2: both norms
+    total = sum(size for address, size in sizes.items() if address not in weights)
+    assert abs(total - 2 * layer) < 0.1 * layer + T * D * 2
+
+
+def test_a_trainable_weight_below_lora_gets_its_gradient(base):
+    """LeanLoRA is for frozen weights; where one trains, the reference is used."""
+    model, _, _ = base
+    add_lora(model, LoRAConfig(rank=4))
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    layer = model.language_model.layers[0].mlp.down_proj
+    assert layer.weight.grad.abs().sum() > 0 and layer.lora_B.weight.grad.abs().sum() > 0

@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import IGNORE, contrastive_loss, linear_cross_entropy, vladva_loss
+from losses import (
+    IGNORE,
+    backward_cached,
+    backward_whole,
+    contrastive_loss,
+    cross_entropy_of_logits,
+    gather_with_gradient,
+    linear_cross_entropy,
+    tiled_contrastive_loss,
+    vladva_loss,
+)
 
 
 def test_contrastive_loss_is_the_equation():
@@ -78,3 +88,207 @@ def test_linear_cross_entropy_without_labels_is_zero():
 
 def test_vladva_loss_weighs_both():
     assert vladva_loss(torch.tensor(2.0), torch.tensor(3.0), 0.5, 2.0).item() == 7.0
+
+
+# ---- The fast versions against their references
+
+
+def pair_of_inputs(make):
+    """The same random inputs twice, all with gradients."""
+    torch.manual_seed(3)
+    first = [tensor.requires_grad_() for tensor in make()]
+    return first, [tensor.detach().clone().requires_grad_() for tensor in first]
+
+
+def assert_same(fast, slow, fast_inputs, slow_inputs):
+    """Values and all gradients within a relative error of 1e-5."""
+    assert (fast - slow).abs() <= 1e-5 * slow.abs()
+    (0.7 * fast).backward(), (0.7 * slow).backward()
+    for ours, reference in zip(fast_inputs, slow_inputs):
+        assert reference.grad.norm() > 0
+        assert (ours.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
+
+
+@pytest.mark.parametrize("B", [1, 2, 7, 8, 33])
+@pytest.mark.parametrize("tile", [1, 4, 8, 100])
+def test_tiled_contrastive_loss_is_the_reference(B, tile):
+    """Whatever the strips, whether or not they divide the batch."""
+    make = lambda: [torch.randn(B, 16), torch.randn(B, 16), torch.tensor(12.0)]  # noqa: E731
+    ours, theirs = pair_of_inputs(make)
+    fast, slow = tiled_contrastive_loss(*ours, tile=tile), contrastive_loss(*theirs)
+    if B == 1:  # nothing to tell apart: both are zero, and so are the gradients
+        assert fast.abs() < 1e-6 and slow.abs() < 1e-6
+    else:
+        assert_same(fast, slow, ours, theirs)
+
+
+@pytest.mark.parametrize("cosine", [-1.0, 1.0])
+def test_tiled_contrastive_loss_at_the_lowest_temperature(cosine):
+    """1 / temperature = 100: similarities from -100 to 100 neither overflow nor vanish, right or wrong pairs alike."""
+
+    def make():
+        images = torch.randn(9, 8)
+        return [images, cosine * images, torch.tensor(100.0)]
+
+    ours, theirs = pair_of_inputs(make)
+    if cosine < 0:
+        assert_same(tiled_contrastive_loss(*ours, tile=4), contrastive_loss(*theirs), ours, theirs)
+    fast, slow = tiled_contrastive_loss(*ours, tile=4), contrastive_loss(*theirs)
+    assert fast.isfinite() and (fast - slow).abs() <= 1e-5 * max(slow.item(), 1)
+
+
+def test_tiled_contrastive_loss_passes_gradcheck():
+    inputs = [torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *x: tiled_contrastive_loss(*x, tile=2), (*inputs, scale))
+
+
+def test_tiled_contrastive_loss_in_bf16_is_the_reference_in_bf16():
+    """Both compute in fp32 what they are given in bf16."""
+    images, texts = torch.randn(10, 16).bfloat16(), torch.randn(10, 16).bfloat16()
+    torch.testing.assert_close(tiled_contrastive_loss(images, texts, 9.0, tile=3), contrastive_loss(images, texts, 9.0))
+
+
+def labels_with_gaps(rows, vocabulary):
+    return torch.randint(0, vocabulary, (rows,)).masked_fill(torch.rand(rows) < 0.3, IGNORE)
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_linear_cross_entropy_is_the_reference(rows, frozen_head):
+    """Chunks of 256 rows (the floor), uneven last ones, a frozen and a trainable head."""
+    ours, theirs = pair_of_inputs(lambda: [torch.randn(rows, 12), torch.randn(50, 12)])
+    labels = labels_with_gaps(rows, 50)
+    labels[0] = 3
+    if frozen_head:
+        ours[1], theirs[1] = ours[1].detach(), theirs[1].detach()
+    losses = [
+        loss(*inputs, labels, 91, *extra)
+        for loss, inputs, extra in ((linear_cross_entropy, ours, (1,)), (cross_entropy_of_logits, theirs, ()))
+    ]
+    assert_same(*losses, ours[: 2 - frozen_head], theirs[: 2 - frozen_head])
+
+
+def test_linear_cross_entropy_chunks_by_bytes(monkeypatch):
+    """As many rows at a time as fit the bytes: the head is never multiplied by more."""
+    seen, plain = [], torch.Tensor.amax
+
+    def spy(tensor, *args, **settings):
+        seen.append(len(tensor))
+        return plain(tensor, *args, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "amax", spy)
+    hidden, weight = torch.randn(1000, 8), torch.randn(64, 8)
+    linear_cross_entropy(hidden, weight, torch.zeros(1000, dtype=torch.long), 1000, chunk_bytes=400 * 64 * 4)
+    assert seen == [400, 400, 200]
+
+
+def test_linear_cross_entropy_passes_gradcheck():
+    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 9))
+    labels = torch.tensor([1, IGNORE, 8, 0, 3, IGNORE])
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, 4), (hidden, weight))
+
+
+def test_linear_cross_entropy_against_torch():
+    """torch 2.13 has one of its own, which serves as a second oracle."""
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("needs torch 2.13")
+    hidden, weight, labels = torch.randn(30, 8), torch.randn(40, 8), labels_with_gaps(30, 40)
+    expected = F.linear_cross_entropy(hidden, weight, labels, reduction="sum", ignore_index=IGNORE)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, 1), expected)
+
+
+def test_linear_cross_entropy_without_gradients():
+    """Inference computes the loss and nothing else."""
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(40, 8)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, torch.arange(10), 10)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, cross_entropy_of_logits(hidden, weight, torch.arange(10), 10).detach())
+
+
+def gather_in_one_process(rank, world_size, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    images, texts = torch.randn(7, 5), torch.randn(7, 5)
+    parts = {2: [(0, 4), (4, 7)], 3: [(0, 1), (1, 1), (1, 7)]}[world_size]
+    own = slice(*parts[rank])
+    mine = [x[own].clone().requires_grad_() for x in (images, texts)]
+    loss = tiled_contrastive_loss(*(gather_with_gradient(x) for x in mine), 5.0, tile=2)
+    loss.backward()
+    whole = [x.clone().requires_grad_() for x in (images, texts)]
+    expected = contrastive_loss(*whole, 5.0)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(mine, whole):
+        torch.testing.assert_close(ours.grad, theirs.grad[own], rtol=1e-5, atol=1e-7)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gathered_rows_get_the_gradient_of_the_whole_batch(world_size, tmp_path):
+    """Processes with different numbers of rows, even none: each gets its part of the one gradient, unscaled."""
+    torch.multiprocessing.spawn(gather_in_one_process, (world_size, str(tmp_path)), nprocs=world_size)
+
+
+def test_gather_alone_is_nothing():
+    rows = torch.randn(2, 3)
+    assert gather_with_gradient(rows) is rows
+
+
+class Encoder(torch.nn.Module):
+    """Something with dropout that embeds rows, and has a second loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = torch.nn.Linear(6, 4), torch.nn.Dropout(0.3)
+
+    def embed(self, chunk):
+        return self.linear(self.dropout(chunk))
+
+    def forward(self, chunk):
+        embeddings = self.embed(chunk)
+        return embeddings, embeddings.square().sum() / 10
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0), (0.0, 1.0), (1.0, 0.0)])
+def test_gradient_cache_is_one_batch(weights):
+    """The same losses and gradients, with dropout, chunks of different sizes, and either loss switched off."""
+    encoder, results = Encoder(), []
+    chunks = list(torch.randn(11, 6).split([4, 1, 6]))
+    contrast = lambda parts: contrastive_loss(torch.cat(list(parts)), torch.ones(11, 4).tril(), 3.0)  # noqa: E731
+    for backward in (backward_whole, backward_cached):
+        torch.manual_seed(7)
+        encoder.zero_grad()
+        losses = backward(chunks, encoder.embed, encoder, contrast, weights)
+        results.append((*losses, *(p.grad.clone() for p in encoder.parameters())))
+    for whole, cached in zip(*results):
+        torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_cache_holds_one_chunk_at_a_time():
+    """While one chunk's graph is alive, no other is."""
+    alive, most, encoder = [], [], Encoder()
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            alive.append(1)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            most.append(len(alive))
+            alive.pop()
+            return gradient
+
+    def forward(chunk):
+        embeddings, share = encoder(chunk)
+        return Watched.apply(embeddings), share
+
+    chunks = list(torch.randn(8, 6).split(2))
+    contrast = lambda parts: contrastive_loss(torch.cat(list(parts)), torch.ones(8, 4).tril(), 3.0)  # noqa: E731
+    backward_cached(chunks, encoder.embed, forward, contrast)
+    assert most == [1, 1, 1, 1]
+    backward_whole(chunks, encoder.embed, forward, contrast)
+    assert max(most) == 4

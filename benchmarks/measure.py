@@ -1,0 +1,103 @@
+"""What the benchmarks share: paired times, peak memory, saved bytes, FLOPs."""
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def seconds(function: Callable) -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def times(functions: list[Callable], rounds: int) -> list[list[float]]:
+    """Seconds of each function in each round. They take turns, in changing order, so that a busy moment hits all."""
+    for function in functions:  # warm up
+        function()
+    taken = [[0.0] * rounds for _ in functions]
+    for number in tqdm(range(rounds), leave=False):
+        order = range(len(functions)) if number % 2 == 0 else reversed(range(len(functions)))
+        for index in order:
+            taken[index][number] = seconds(functions[index])
+    return taken
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"ratio": median, "low": low, "high": high}
+
+
+def paired_ratio(first: Callable, second: Callable, rounds: int = 9) -> dict[str, float]:
+    """Time of `second` over time of `first`: median and quartiles of the pairs."""
+    ours, theirs = times([first, second], rounds)
+    return quartiles([b / a for a, b in zip(ours, theirs)]) | {"seconds_of_first": statistics.median(ours)}
+
+
+def peak_memory(function: Callable) -> int:
+    """Bytes above what was there before: the allocator's on CUDA, resident ones on Linux."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that using it again counts
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = memory("VmRSS:")
+    function()
+    return memory("VmHWM:") - before
+
+
+def memory(key: str) -> int:
+    """A line of /proc/self/status in bytes: VmRSS is resident now, VmHWM the highest it has been."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def saved_bytes(function: Callable, parameters: list[torch.Tensor]) -> int:
+    """Bytes of all tensors that autograd keeps while `function` runs, each storage counted once, weights left out."""
+    weights, seen = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(size for size, _ in seen.values())
+
+
+def in_place_product(_, a, b, **ignored) -> int:
+    """addmm_ of shapes (M, K), (K, N), which torch's counter leaves out."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def count_flops(function: Callable) -> int:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def roof(dtype: torch.dtype) -> float:
+    """FLOP/s of one large matrix product on random data."""
+    size = 8192 if DEVICE.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(times([lambda: a @ b], 10)[0])
