@@ -263,15 +263,15 @@ def free_memory(device: torch.device) -> float:
         return math.inf
 
 
-def print_memory(config: TrainConfig, parts: dict[str, float], free: float) -> None:
-    sequence = parts.pop("a sequence")
-    total = sum(parts.values())
+def print_memory(parts: dict[str, float], free: float) -> None:
+    sequence, total = parts.pop("a sequence"), sum(parts.values())
     listed = ", ".join(f"{name} {size:.2g}" for name, size in parts.items())
-    print(f"memory: about {total:.2g} GB of {free:.2g} GB free ({listed})")
-    fitting = int((free - total + parts["activations"]) / sequence) if math.isfinite(free) else config.batch_size
+    print(f"memory: about {total:.2g} GB of {free:.3g} GB free ({listed})")
+    if math.isfinite(free):
+        fitting = max(0, int((free - total + parts["activations"]) / sequence))
+        print(f"  with --gradient_cache a --micro_batch of up to {fitting:,} sequences fits")
     if total > free:
-        advice = "too much: --gradient_cache with a --micro_batch" if fitting > 0 else "even one is too much: the limit"
-        print(f"  {advice} of up to {fitting} sequences; --checkpoint_layers saves more")
+        print("  AS SET, IT IS LIKELY TO RUN OUT OF MEMORY; --checkpoint_layers saves more, at more computation")
 
 
 def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> None:
@@ -279,8 +279,7 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
     model, device = run.model.train(), run.model.device
     model.language_model.checkpoint_layers = config.checkpoint_layers
     if config.compile:
-        for layer in model.language_model.layers:
-            layer.compile(dynamic=True)
+        compile_layers(model)
     log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature), device=device))
     optimizer = make_optimizer(model, log_scale, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -323,6 +322,12 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
     model.eval()
     for reason in skipped:
         print(f"left out: {reason}")
+
+
+def compile_layers(model: Llava) -> None:
+    """One compiled layer serves all of them, and every batch size and length."""
+    for layer in model.language_model.layers:
+        layer.compile(dynamic=True)
 
 
 def save_checkpoint(out: Path, step: int, model: nn.Module, config: TrainConfig) -> None:
@@ -434,7 +439,7 @@ def job(config: TrainConfig) -> None:
     _, llava, layout, processor = inspect_base(config.model, *prompts)
     dataset = CaptionDataset(config.data, layout, processor, config.image_root or None, config.contrast)
     device, dtype = pick_device(config.device or None)
-    print_memory(config, memory_estimate(config, llava, dataset, dtype.itemsize), free_memory(device))
+    print_memory(memory_estimate(config, llava, dataset, dtype.itemsize), free_memory(device))
     run = load_base(config.model, config.device or None, *prompts)
     if run.model.dtype == torch.float16:
         raise DataError(

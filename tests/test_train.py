@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+import sys
 from functools import partial
 
 import pytest
@@ -13,7 +15,16 @@ from data import CaptionDataset, DataError, ResumableSampler, collate
 from eval import TOY_MODEL, encode_image, encode_text, load_base, load_run, open_image
 from lora import trainable_parameters
 from toy import world
-from train import TrainConfig, add_adapters, learning_rate_factor, main, memory_estimate, training_step
+from train import (
+    TrainConfig,
+    add_adapters,
+    compile_layers,
+    learning_rate_factor,
+    main,
+    memory_estimate,
+    print_memory,
+    training_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +200,34 @@ def test_memory_estimate_is_what_is_kept(small_world, change):
     forward = lambda part: [run.model(chunk.input_ids, chunk.pixel_values) for chunk in part]  # noqa: E731
     kept = [saved_bytes(partial(forward, part), run.model) for part in held]
     assert estimate == pytest.approx(max(kept) / 1e9, rel=0.03)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="torch.compile needs a compiler")
+def test_compiled_layers_change_nothing(small_world):
+    """--compile: the losses and gradients of the plain layers, up to rounding, for chunks of several lengths."""
+    results = []
+    for compiled in (False, True):
+        config = TrainConfig(micro_batch=5, caption_share=0.5)
+        torch.manual_seed(1)
+        run, samples, _ = prepared(config, small_world)
+        torch.manual_seed(2)
+        shake(run)
+        if compiled:
+            compile_layers(run.model)
+        batch = collate(samples, run.layout, config.micro_batch, config.caption_share, multiple=32)
+        results.append(gradients(run, batch, config, torch.tensor(2.0, requires_grad=True)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert all(close(results[1][1][name], results[0][1][name], 1e-4) for name in results[0][1])
+
+
+def test_memory_is_printed_with_what_fits(capsys):
+    """12 GB wanted, 6 there: 4 of them are not activations, so 2 GB hold 4 sequences."""
+    print_memory({"weights": 4.0, "activations": 8.0, "a sequence": 0.5}, free=6.0)
+    shown = capsys.readouterr().out
+    assert "about 12 GB of 6 GB free (weights 4, activations 8)" in shown
+    assert "--micro_batch of up to 4 sequences" in shown and "RUN OUT OF MEMORY" in shown
+    print_memory({"weights": 4.0, "activations": 1.0, "a sequence": 0.5}, free=math.inf)
+    assert "OUT OF MEMORY" not in capsys.readouterr().out
 
 
 def test_gradients_reach_what_trains_and_nothing_else(small_world):

@@ -233,6 +233,31 @@ def verdict(results: dict, first: str, second: str, column: str) -> str:
     return f"| {first} | {second} | {column} | {mean:+.1f} ± {half:.1f} | {word} |"
 
 
+def draw_collapse(results: dict[str, dict[str, dict]], path: Path) -> None:
+    """The contrastive loss of short and of long captions in training, and what comes of it: needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = {"both": ("short captions", "tab:blue"), "long captions contrasted": ("long captions", "tab:orange")}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[2, 1], layout="constrained")
+    for number, (name, (label, color)) in enumerate(rows.items()):
+        runs = [result for result in results[name].values() if result.get("contrastive")]
+        for run in runs:
+            left.plot(run["contrastive"], color=color, alpha=0.25, linewidth=0.8)
+        smooth = torch.tensor([run["contrastive"] for run in runs]).mean(0)
+        smooth = F.avg_pool1d(F.pad(smooth[None], (4, 4), mode="replicate"), 9, stride=1)[0]
+        left.plot(smooth, color=color, label=label)
+        for place, column in enumerate(("T2I@1", "I2T@1", "swap", "add")):
+            mean, half = interval([run["columns"][column] for run in runs])
+            right.bar(place + 0.4 * number - 0.2, mean, 0.38, color=color, yerr=half if math.isfinite(half) else None)
+    left.set(yscale="log", xlabel="step", ylabel="contrastive loss", title="in training (thin: single seeds)")
+    left.legend()
+    right.set(xticks=range(4), xticklabels=["T2I@1", "I2T@1", "swap", "add"], title="on test scenes", ylim=(0, 105))
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="(all)")
@@ -240,6 +265,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["val", "test"], default="test", help="scenes of the tables (test)")
     parser.add_argument("--model", default="toy/tiny-llava", help="the base (toy/tiny-llava)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results, read and extended (toy/ablation.json)")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the collapse of long captions (matplotlib)")
     args = parser.parse_args()
     folder = world.build(HERE / "data")
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -257,6 +283,8 @@ def main() -> None:
     table = report(results)
     args.out.with_suffix(".md").write_text(table + "\n")
     print(table)
+    if args.picture:
+        draw_collapse(results, args.picture)
 
 
 if __name__ == "__main__":
