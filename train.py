@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 from data import (
     IMAGE_PROMPT,
-    LONGEST,
     TEXT_PROMPT,
     Batch,
     CaptionDataset,
     Chunk,
     DataError,
     ResumableSampler,
+    Sample,
     collate,
     open_image,
     read_karpathy,
@@ -224,31 +224,26 @@ def memory_estimate(
     token = layer * (t.num_hidden_layers - checkpointed) + t.hidden_size * (checkpointed + 2)
     token += layer if checkpointed else 0
 
-    # A batch of captions as they come, sorted and padded as `collate` does it.
     captions = [dataset.captions(dataset.record(index)) for index in range(min(config.batch_size, len(dataset)))]
-    texts = [len(layout.text_side(short[0])) for short, _ in captions if short]
-    supervised = math.ceil(len(captions) * config.caption_share) if config.ar_weight else 0
-    images = [layout.image_summary + 1] * len(captions)
-    for index, (_, long) in enumerate(captions[:supervised]):
-        images[index] += len(long[0]) + 1 if long else 0
-    chunks = []
-    for lengths in (sorted(images), sorted(texts)):
-        for first in range(0, len(lengths), config.micro_batch):
-            part = lengths[first : first + config.micro_batch]
-            chunks.append(len(part) * part[-1])
-    tokens = max(chunks) if config.gradient_cache else sum(chunks) * config.batch_size / len(captions)
+    pick = lambda kind: kind[0] if kind else None  # noqa: E731
+    samples = [Sample(torch.zeros(1), pick(short), pick(long)) for short, long in captions]  # no picture is read
+    batch = collate(samples, layout, config.micro_batch, config.caption_share if config.ar_weight else 0.0)
+    chunks = [chunk.input_ids for chunk in batch.images + batch.texts]
+    tokens = max(chunk.numel() for chunk in chunks)
+    if not config.gradient_cache:
+        tokens = sum(chunk.numel() for chunk in chunks) * config.batch_size / len(samples)
+    sequence = max(chunk.shape[1] for chunk in chunks)
     features = config.batch_size * llava.num_image_tokens * t.hidden_size
-    rows = min(max(256, 2**27 // (4 * t.vocab_size)), config.batch_size * LONGEST)
+    rows = min(max(256, 2**27 // (4 * t.vocab_size)), batch.num_tokens)
     parts = {
         "weights": (total - trainable) * bytes_per_number,
         "adapters, their gradients and AdamW": trainable * 16,
         "activations": tokens * token * bytes_per_number,
         "image features": features * bytes_per_number,
-        "logits": rows * t.vocab_size * 8 if config.ar_weight else 0,
+        "logits": rows * t.vocab_size * 8,
     }
-    return {name: size / 1e9 for name, size in parts.items()} | {
-        "a sequence": max(images) * token * bytes_per_number / 1e9
-    }
+    parts["a sequence"] = sequence * token * bytes_per_number
+    return {name: size / 1e9 for name, size in parts.items()}
 
 
 def free_memory(device: torch.device) -> float:
@@ -266,7 +261,7 @@ def free_memory(device: torch.device) -> float:
 def print_memory(parts: dict[str, float], free: float) -> None:
     sequence, total = parts.pop("a sequence"), sum(parts.values())
     listed = ", ".join(f"{name} {size:.2g}" for name, size in parts.items())
-    print(f"memory: about {total:.2g} GB of {free:.3g} GB free ({listed})")
+    print(f"memory for training: about {total:.2g} GB of {free:.3g} GB free ({listed})")
     if math.isfinite(free):
         fitting = max(0, int((free - total + parts["activations"]) / sequence))
         print(f"  with --gradient_cache a --micro_batch of up to {fitting:,} sequences fits")

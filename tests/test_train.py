@@ -224,7 +224,7 @@ def test_memory_is_printed_with_what_fits(capsys):
     """12 GB wanted, 6 there: 4 of them are not activations, so 2 GB hold 4 sequences."""
     print_memory({"weights": 4.0, "activations": 8.0, "a sequence": 0.5}, free=6.0)
     shown = capsys.readouterr().out
-    assert "about 12 GB of 6 GB free (weights 4, activations 8)" in shown
+    assert "training: about 12 GB of 6 GB free (weights 4, activations 8)" in shown
     assert "--micro_batch of up to 4 sequences" in shown and "RUN OUT OF MEMORY" in shown
     print_memory({"weights": 4.0, "activations": 1.0, "a sequence": 0.5}, free=math.inf)
     assert "OUT OF MEMORY" not in capsys.readouterr().out
