@@ -8,9 +8,11 @@ One record of the training data is one line of JSON. Image paths are relative to
 
     {"image": "cats/017.jpg", "short": ["Two cats on a sofa."], "long": ["The photo shows two grey cats that ..."]}
 
-Every caption is routed by its length: under 30 tokens it feeds the contrastive loss, from 30 to 500 the autoregressive
-loss (as in the paper), and a longer one is cut behind a sentence (ours). Records that share a value under the optional
-key "group" stay neighbours, so that (but for a batch's border) they are each other's hard negatives.
+Every caption is routed by its length, whatever its key ("captions" is another): under 30 tokens it feeds the
+contrastive loss, from 30 to 500 the autoregressive loss (as in the paper), and a longer one is cut behind a sentence
+(ours). Records that share a value under the optional key "group" stay neighbours, so that (but for a batch's border)
+they are each other's hard negatives. A picture may also be a "part" of a larger file, [offset, bytes]. Other people's
+files become such lines with `python -m examples.prepare convert`.
 
 Everything read here is data from strangers: captions cannot inject special tokens, paths cannot leave their root, and
 what is broken is refused with a DataError or counted by reason, never skipped in silence.
@@ -18,6 +20,7 @@ what is broken is refused with a DataError or counted by reason, never skipped i
 Axes: B batch, T tokens.
 """
 
+import io
 import json
 import math
 import re
@@ -213,8 +216,9 @@ class Layout:
 # ---- Images
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read a picture as upright RGB. Raises DataError for what is missing, broken, a decompression bomb, or too long.
+def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.Image:
+    """Read a picture, a whole file or `part` (offset, bytes) of one, as upright RGB. Raises DataError for what is
+    missing, broken, a decompression bomb, or too long.
 
     Decided: rotation by EXIF is applied (as transformers' load_image does); transparency is composited on white (as
     transformers 5 does); 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white); of an animation the
@@ -223,7 +227,12 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["JPEG", "PNG", "WEBP", "GIF", "BMP"]) as image:
+            source = path
+            if part:
+                with open(path, "rb") as file:
+                    file.seek(part[0])
+                    source, path = io.BytesIO(file.read(part[1])), f"{path}, bytes from {part[0]}"
+            with Image.open(source, formats=["JPEG", "PNG", "WEBP", "GIF", "BMP"]) as image:
                 if max(image.size) > 200 * min(image.size):  # resizing its short side would take gigabytes
                     raise DataError(f"{path}: {image.width} x {image.height} pixels are too long for an image")
                 return to_rgb(ImageOps.exif_transpose(image))
@@ -444,7 +453,7 @@ class CaptionDataset(Dataset):
     def captions(self, record: dict) -> tuple[list[str], list[list[int]]]:
         """All captions of a record by their length: short ones as text, long ones as ids of at most LONGEST tokens."""
         short, long = [], []
-        for text in record["short"] + record["long"]:
+        for text in record["short"] + record["long"] + record["captions"]:
             ids = self.layout.tokenizer.encode_sentences(text.strip(), LONGEST)
             if len(ids) >= LONG:
                 long.append(ids)
@@ -462,7 +471,7 @@ class CaptionDataset(Dataset):
                 short = [self.layout.tokenizer.decode(long_ids)] if long else []
             if not short and not long:
                 raise DataError("no caption is left")
-            pixels = self.processor(open_image(inside(self.root, record["image"])))
+            pixels = self.processor(open_image(inside(self.root, record["image"]), record.get("part")))
             return Sample(pixels, short[draw % len(short)] if short else None, long_ids)
         except DataError as error:
             return f"{self.path.name}, record {index}: {error}"
@@ -476,12 +485,15 @@ def parse_record(line: bytes) -> dict:
         raise DataError("not JSON") from None
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
         raise DataError('no "image" with the path of a picture')
-    record = {"short": [], "long": []} | record
-    for key in ("short", "long"):
+    record = {"short": [], "long": [], "captions": []} | record
+    for key in ("short", "long", "captions"):
         if not isinstance(record[key], list) or not all(isinstance(text, str) for text in record[key]):
             raise DataError(f'"{key}" is not a list of captions')
-    if not any(text.strip() for text in record["short"] + record["long"]):
+    if not any(text.strip() for text in record["short"] + record["long"] + record["captions"]):
         raise DataError("no caption")
+    part = record.get("part", [0, 1])
+    if not isinstance(part, list) or len(part) != 2 or not all(type(n) is int and 0 <= n < 2**48 for n in part):
+        raise DataError('"part" is not [offset, bytes]')
     if not isinstance(record.get("group"), str | int | None):
         raise DataError('"group" is neither a string nor a number')
     return record
