@@ -364,7 +364,6 @@ class Chunk:
     pair: torch.Tensor  # (b,) the sequence's place among the pairs of the contrastive loss, -1 if it has none
     labels: torch.Tensor | None = None  # (b, T) the NEXT token, IGNORE outside of long captions; images only
     pixel_values: torch.Tensor | None = None  # (b, 3, height, width); images only
-    image_features: torch.Tensor | None = None  # (b, N, D) in their place, once the model has computed them
 
     @property
     def prefix(self) -> torch.Tensor:
@@ -459,6 +458,8 @@ class CaptionDataset(Dataset):
                 long.append(ids)
             elif ids:
                 short.append(text)
+        if self.contrast == "long":
+            short = [self.layout.tokenizer.decode(ids) for ids in long]
         return short, long
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | str:
@@ -467,8 +468,6 @@ class CaptionDataset(Dataset):
             record = self.record(index)
             short, long = self.captions(record)
             long_ids = long[draw % len(long)] if long else None
-            if self.contrast == "long":
-                short = [self.layout.tokenizer.decode(long_ids)] if long else []
             if not short and not long:
                 raise DataError("no caption is left")
             pixels = self.processor(open_image(inside(self.root, record["image"]), record.get("part")))

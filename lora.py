@@ -73,7 +73,8 @@ class LoRALinear(nn.Module):
             for layer in layers
         ]
         dropout = self.config.dropout if self.training else 0.0
-        if dropout or (self.weight.requires_grad and torch.is_grad_enabled()):
+        trains = any(t is not None and t.requires_grad for weight, bias, *_ in tensors for t in (weight, bias))
+        if dropout or (trains and torch.is_grad_enabled()):
             return [lora_linear(x, *each, self.config.scale, dropout) for each in tensors]
         flat = [tensor for each in tensors for tensor in each]
         return LeanLoRA.apply(x, getattr(x, "recipe", None), self.config.scale, *flat)
@@ -85,18 +86,22 @@ def lora_linear(x, weight, bias, A, B, scale: float, dropout: float = 0.0):
 
 
 class LeanLoRA(torch.autograd.Function):
-    """`lora_linear` of several layers with one input, for frozen weights and without dropout. The A's of all layers are
-    one product, sums are made inside of products, and an input with a recipe (see model.py) is not kept for the
-    backward pass but made again."""
+    """`lora_linear` of several layers with one input, for frozen weights and without dropout. Sums are made inside of
+    matrix products, and an input with a recipe (see model.py) is not kept for the backward pass but made again.
+
+    y = x W' + s (x A') B'    dB = s dy' (x A')    dA = s (dy B)' x    dx = dy W + s (dy B) A
+
+    The A's of all layers are one matrix: `down` is x times all of them.
+    """
 
     @staticmethod
     def forward(ctx, x, recipe, scale, *tensors):
-        weights, biases, As, Bs = (tensors[i::4] for i in range(4))
-        ctx.function, kept = recipe or (None, [x])
+        weights, biases, As, Bs = (tensors[i::4] for i in range(4))  # the layers' tensors come one layer after another
+        ctx.make_x, sources = recipe or (lambda x: x, [x])
         A, rows = torch.cat(As), x.flatten(0, -2)  # (layers * R, in), (N, in)
         down = rows @ A.T
-        ctx.save_for_backward(down, A, *(tensor.detach() for tensor in kept), *weights, *Bs)
-        ctx.scale, ctx.rank, ctx.shape, ctx.count = scale, len(As[0]), x.shape, len(weights)
+        ctx.scale, ctx.rank, ctx.shape, ctx.layers = scale, len(As[0]), x.shape, len(weights)
+        ctx.save_for_backward(down, A, *weights, *Bs, *(source.detach() for source in sources))
         return tuple(
             F.linear(rows, weight, bias).addmm_(part, B.T, alpha=scale).unflatten(0, x.shape[:-1])
             for weight, bias, B, part in zip(weights, biases, Bs, down.split(ctx.rank, dim=1))
@@ -104,24 +109,21 @@ class LeanLoRA(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
-        down, A, *kept = ctx.saved_tensors
-        kept, weights, Bs = kept[: -2 * ctx.count], kept[-2 * ctx.count : -ctx.count], kept[-ctx.count :]
-        rows = (ctx.function(*kept) if ctx.function else kept[0]).flatten(0, -2)
-        gradients = [gradient.flatten(0, -2) for gradient in gradients]  # (N, out)
-        down_gradient = torch.cat([gradient @ B for gradient, B in zip(gradients, Bs)], dim=1).mul_(ctx.scale)
-        A_gradients = (down_gradient.T @ rows).split(ctx.rank)
-        B_gradients = [
-            (gradient.T @ part).mul_(ctx.scale) for gradient, part in zip(gradients, down.split(ctx.rank, dim=1))
-        ]
-        x_gradient = None
+    def backward(ctx, *dys):
+        down, A, *rest = ctx.saved_tensors
+        weights, Bs, sources = rest[: ctx.layers], rest[ctx.layers : 2 * ctx.layers], rest[2 * ctx.layers :]
+        rows = ctx.make_x(*sources).flatten(0, -2)
+        dys = [dy.flatten(0, -2) for dy in dys]  # (N, out) each
+        d_down = torch.cat([dy @ B for dy, B in zip(dys, Bs)], dim=1).mul_(ctx.scale)  # (N, layers * R)
+        dAs = (d_down.T @ rows).split(ctx.rank)
+        dBs = [(dy.T @ part).mul_(ctx.scale) for dy, part in zip(dys, down.split(ctx.rank, dim=1))]
+        dx = None
         if ctx.needs_input_grad[0]:
-            x_gradient = down_gradient @ A
-            for gradient, weight in zip(gradients, weights):
-                x_gradient.addmm_(gradient, weight)
-            x_gradient = x_gradient.view(ctx.shape)
-        of_layers = [(None, None, *pair) for pair in zip(A_gradients, B_gradients)]
-        return x_gradient, None, None, *(gradient for layer in of_layers for gradient in layer)
+            dx = d_down @ A
+            for dy, weight in zip(dys, weights):
+                dx.addmm_(dy, weight)
+            dx = dx.view(ctx.shape)
+        return dx, None, None, *(d for dA, dB in zip(dAs, dBs) for d in (None, None, dA, dB))
 
 
 class SoftPrompt(nn.Module):

@@ -88,7 +88,8 @@ def gather_with_gradient(rows):
     """The rows (b, D) of all processes, in order of rank, (B, D); ranks may bring different numbers of them.
 
     Every process computes the loss of the whole batch, so the gradient of its own rows is complete as it is: nothing
-    is exchanged in the backward pass, and the parameters' gradients are summed over the processes.
+    is exchanged in the backward pass, and the parameters' gradients are to be summed over the processes (but the
+    temperature's, which is complete on every one).
     """
     return GatherRows.apply(rows) if dist.is_initialized() else rows
 
@@ -214,10 +215,12 @@ def backward_cached(chunks, embed, forward, contrast, weights=(1.0, 1.0)):
         (weights[0] * contrastive).backward()
         gradients = [rows.grad for rows in leaves]
 
-    # 3. Chunk by chunk once more. <embeddings, gradient> stands for the contrastive loss: their gradients are the same.
+    # 3. Chunk by chunk once more. By the chain rule the gradient of a parameter w is the sum over the rows of
+    # <gradient, d embedding / d w>: that of the surrogate, whose value means nothing.
     for chunk, seed, gradient in zip(chunks, seeds, gradients):
         embeddings, share = replayed(forward, chunk, seed)
-        ((embeddings * gradient).sum() + weights[1] * share).backward()
+        surrogate = (embeddings * gradient).sum()
+        (surrogate + weights[1] * share).backward()
         autoregressive += share.detach()
     return torch.as_tensor(contrastive).detach(), autoregressive
 

@@ -249,7 +249,7 @@ def project(x, *layers):
 
 
 def made_of(function, *inputs):
-    """function(*inputs), with its recipe: it is cheap to make again, so who needs it for gradients need not keep it."""
+    """function(*inputs) with its recipe: who needs it for gradients makes it again. It must not be changed in place."""
     result = function(*inputs)
     result.recipe = function, inputs
     return result
@@ -260,9 +260,7 @@ class RMSNorm(nn.RMSNorm):
         return made_of(super().forward, x)
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (arXiv 2002.05202), which keeps nothing but its inputs."""
-
+class SwiGLU(torch.autograd.Function):  # silu(gate) * up (arXiv 2002.05202), which keeps nothing but its inputs
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
@@ -308,7 +306,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(made_of(SwiGLU.apply, gate, up))
+        return self.down_proj(made_of(lambda gate, up: SwiGLU.apply(gate, up), gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -330,7 +328,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpoint_layers = 0  # the first layers keep only their input, and are computed again for the gradients
 
     def forward(self, embeddings, cache=None):

@@ -139,13 +139,16 @@ def training_step(model: nn.Module, batch: Batch, log_scale: torch.Tensor, confi
     """
     contrastive_weight = config.contrastive_weight if batch.num_pairs else 0.0
     if not (contrastive_weight or (batch.num_tokens and config.ar_weight)):
-        raise DataError(f"a batch without a caption for any loss that is switched on {batch.skipped[:1]}")
+        advice = "larger batches, or data in which every picture has one"
+        raise DataError(f"a batch without a caption for a loss that is switched on: use {advice} {batch.skipped[:1]}")
     chunks = batch.images + (batch.texts if contrastive_weight else [])
 
+    features: dict[int, torch.Tensor] = {}  # of each chunk's images: their layers are frozen, once a step is enough
+
     def hidden_states(chunk: Chunk, input_ids: torch.Tensor) -> torch.Tensor:
-        if chunk.pixel_values is not None and chunk.image_features is None:  # from frozen layers: once is enough
-            chunk.image_features = model.image_features(chunk.pixel_values.to(model.device))
-        return model(input_ids.to(model.device), image_features=chunk.image_features)  # (b, T, D)
+        if chunk.pixel_values is not None and id(chunk) not in features:
+            features[id(chunk)] = model.image_features(chunk.pixel_values.to(model.device))
+        return model(input_ids.to(model.device), image_features=features.get(id(chunk)))  # (b, T, D)
 
     def summaries(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
         return hidden[torch.arange(len(hidden), device=model.device), chunk.summary.to(model.device)]
@@ -168,10 +171,11 @@ def training_step(model: nn.Module, batch: Batch, log_scale: torch.Tensor, confi
         return tiled_contrastive_loss(images, texts, log_scale.exp())
 
     def in_order(embeddings: list[torch.Tensor], chunks: list[Chunk]) -> torch.Tensor:
-        """Chunks were sorted by length: put row i back to pair i, (pairs, D)."""
-        pair = torch.cat([chunk.pair for chunk in chunks])
-        rows = pair.argsort()[len(pair) - batch.num_pairs :]  # those without a partner carry -1 and come first
-        return torch.cat(list(embeddings))[rows.to(model.device)]
+        """Chunks were sorted by length: the row of pair i goes to place i, (pairs, D)."""
+        rows, pair = torch.cat(list(embeddings)), torch.cat([chunk.pair for chunk in chunks]).to(model.device)
+        has_partner = pair >= 0
+        ordered = rows.new_zeros(batch.num_pairs, rows.shape[-1])
+        return ordered.index_copy(0, pair[has_partner], rows[has_partner])
 
     weights = contrastive_weight, config.ar_weight
     backward = backward_cached if config.gradient_cache else backward_whole
@@ -204,15 +208,20 @@ def make_optimizer(model: nn.Module, log_scale: nn.Parameter, config: TrainConfi
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98))
 
 
+def length_multiple(config: TrainConfig, device: torch.device) -> int:
+    return 32 if device.type == "cuda" or config.compile else 1
+
+
 def memory_estimate(
-    config: TrainConfig, llava: LlavaConfig, dataset: CaptionDataset, bytes_per_number: int
+    config: TrainConfig, llava: LlavaConfig, dataset: CaptionDataset, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """GB that training will take, by part, for captions as long as those of the first records.
 
     Kept of each layer and token, in numbers: both norms' inputs (2 D), queries, keys and values, what attention
-    returned, gate and up. A checkpointed layer keeps its input, and is there once while it is computed again.
+    returned, gate and up; with dropout, what went into each LoRA, and a mask (of bytes on CUDA). A checkpointed layer
+    keeps its input, and is there once while it is computed again.
     """
-    t, layout = llava.text, dataset.layout
+    t, layout, bytes_per_number = llava.text, dataset.layout, dtype.itemsize
     with torch.device("meta"):  # shapes without memory
         run = Run(Llava(llava), layout, dataset.processor)
     add_adapters(run, config)
@@ -220,6 +229,9 @@ def memory_estimate(
     total = sum(p.numel() for p in run.model.parameters())
     heads = (2 * t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
     layer = 2 * t.hidden_size + heads + 2 * t.intermediate_size + 7 * config.lora_rank
+    if config.lora_rank and config.lora_dropout:
+        inputs = 5 * t.hidden_size + t.num_attention_heads * t.head_dim + t.intermediate_size
+        layer += inputs + (inputs if device.type == "cpu" else inputs // bytes_per_number)
     checkpointed = min(config.checkpoint_layers, t.num_hidden_layers)
     token = layer * (t.num_hidden_layers - checkpointed) + t.hidden_size * (checkpointed + 2)
     token += layer if checkpointed else 0
@@ -227,8 +239,9 @@ def memory_estimate(
     captions = [dataset.captions(dataset.record(index)) for index in range(min(config.batch_size, len(dataset)))]
     pick = lambda kind: kind[0] if kind else None  # noqa: E731
     samples = [Sample(torch.zeros(1), pick(short), pick(long)) for short, long in captions]  # no picture is read
-    batch = collate(samples, layout, config.micro_batch, config.caption_share if config.ar_weight else 0.0)
-    chunks = [chunk.input_ids for chunk in batch.images + batch.texts]
+    share, multiple = config.caption_share if config.ar_weight else 0.0, length_multiple(config, device)
+    batch = collate(samples, layout, config.micro_batch, share, multiple)
+    chunks = [chunk.input_ids for chunk in batch.images + (batch.texts if config.contrastive_weight else [])]
     tokens = max(chunk.numel() for chunk in chunks)
     if not config.gradient_cache:
         tokens = sum(chunk.numel() for chunk in chunks) * config.batch_size / len(samples)
@@ -252,9 +265,10 @@ def free_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] / 1e9
     if device.type == "mps":
         return (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) / 1e9
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except (ValueError, OSError, AttributeError):
+    try:  # Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
         return math.inf
 
 
@@ -283,7 +297,7 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
     lay_out = partial(
         collate, layout=run.layout, micro_batch=config.micro_batch,
         caption_share=config.caption_share if config.ar_weight else 0.0,
-        multiple=32 if device.type == "cuda" or config.compile else 1,
+        multiple=length_multiple(config, device),
     )  # fmt: skip
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=lay_out, num_workers=config.workers)
     skipped, started = [], time.perf_counter()
@@ -315,14 +329,17 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
             if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
                 save_checkpoint(out, step + 1, model, config)
     model.eval()
+    if config.compile:  # generation has shapes of its own
+        for layer in model.language_model.layers:
+            del layer.forward
     for reason in skipped:
         print(f"left out: {reason}")
 
 
 def compile_layers(model: Llava) -> None:
-    """One compiled layer serves all of them, and every batch size and length."""
+    """One compiled layer serves all of them, and every batch size and length; `del layer.forward` undoes it."""
     for layer in model.language_model.layers:
-        layer.compile(dynamic=True)
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def save_checkpoint(out: Path, step: int, model: nn.Module, config: TrainConfig) -> None:
@@ -434,8 +451,12 @@ def job(config: TrainConfig) -> None:
     _, llava, layout, processor = inspect_base(config.model, *prompts)
     dataset = CaptionDataset(config.data, layout, processor, config.image_root or None, config.contrast)
     device, dtype = pick_device(config.device or None)
-    print_memory(memory_estimate(config, llava, dataset, dtype.itemsize), free_memory(device))
+    print_memory(memory_estimate(config, llava, dataset, device, dtype), free_memory(device))
     run = load_base(config.model, config.device or None, *prompts)
+    if device.type == "mps" and config.checkpoint_layers and config.lora_dropout:
+        raise DataError(
+            "on MPS dropout masks cannot be drawn again: use --checkpoint_layers or --lora_dropout, not both"
+        )
     if run.model.dtype == torch.float16:
         raise DataError(
             "this GPU has no bf16, and training in fp16 is not implemented; use another one, or --device cpu"

@@ -299,11 +299,12 @@ def what_fits(size: str, dtype: torch.dtype, batches: list[int]) -> list[dict]:
                 row["peak_gb"] = peak_memory(mine.full_step) / 1e9
                 row["pairs_per_second"] = pairs / min(seconds(mine.full_step) for _ in range(2))
             except torch.cuda.OutOfMemoryError:
-                row["peak_gb"] = math.inf
+                row["peak_gb"] = None  # out of memory
+                torch.cuda.empty_cache()
             mine.optimizer.zero_grad()
             print(json.dumps(row), flush=True)
             rows.append(row)
-            if row["peak_gb"] == math.inf:
+            if row["peak_gb"] is None:
                 break
     return rows
 

@@ -186,7 +186,14 @@ def saved_bytes(function, model):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"caption_share": 1.0}, {"micro_batch": 6, "gradient_cache": True, "caption_share": 1.0}], ids=str
+    "change",
+    [
+        {},
+        {"caption_share": 1.0},
+        {"caption_share": 1.0, "lora_dropout": 0.1},
+        {"micro_batch": 6, "gradient_cache": True, "caption_share": 1.0},
+    ],
+    ids=str,
 )
 def test_memory_estimate_is_what_is_kept(small_world, change):
     """The estimate of the activations against the tensors that autograd keeps, of the same records, within 3 %."""
@@ -195,7 +202,8 @@ def test_memory_estimate_is_what_is_kept(small_world, change):
     dataset = CaptionDataset(small_world / "train.jsonl", run.layout, run.processor)
     samples = [dataset[index, 0] for index in range(12)]
     batch = collate(samples, run.layout, config.micro_batch, config.caption_share)
-    estimate = memory_estimate(config, run.model.config, dataset, 4)["activations"]
+    estimate = memory_estimate(config, run.model.config, dataset, torch.device("cpu"), torch.float32)["activations"]
+    run.model.train()
     held = [[chunk] for chunk in batch.images] if config.gradient_cache else [batch.images + batch.texts]
     forward = lambda part: [run.model(chunk.input_ids, chunk.pixel_values) for chunk in part]  # noqa: E731
     kept = [saved_bytes(partial(forward, part), run.model) for part in held]
@@ -213,11 +221,41 @@ def test_compiled_layers_change_nothing(small_world):
         torch.manual_seed(2)
         shake(run)
         if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
             compile_layers(run.model)
         batch = collate(samples, run.layout, config.micro_batch, config.caption_share, multiple=32)
         results.append(gradients(run, batch, config, torch.tensor(2.0, requires_grad=True)))
+    counters = torch._dynamo.utils.counters
+    assert 0 < counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"], counters
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     assert all(close(results[1][1][name], results[0][1][name], 1e-4) for name in results[0][1])
+
+
+def test_a_step_in_bf16(small_world):
+    """The precision of GPUs, on the CPU: adapters and their gradients stay in fp32; the gradient cache changes
+    nothing beyond rounding; the losses are those of fp32 to two digits."""
+    results = {}
+    for name, dtype, cache in (
+        ("fp32", torch.float32, False),
+        ("bf16", torch.bfloat16, False),
+        ("cached", torch.bfloat16, True),
+    ):
+        config = TrainConfig(micro_batch=5, caption_share=0.5, gradient_cache=cache)
+        torch.manual_seed(1)
+        run, _, batch = prepared(config, small_world)
+        torch.manual_seed(2)
+        shake(run)
+        for parameter in run.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        results[name] = gradients(run, batch, config, torch.tensor(2.0, requires_grad=True))
+        assert all(gradient.dtype == torch.float32 for gradient in results[name][1].values())
+    assert results["bf16"][0] == pytest.approx(results["fp32"][0], rel=0.03)
+    assert results["cached"][0] == pytest.approx(results["bf16"][0], rel=0.01)
+    for name, gradient in results["fp32"][1].items():
+        assert close(results["bf16"][1][name], gradient, 0.15), name
+        assert close(results["cached"][1][name], results["bf16"][1][name], 0.1), name
 
 
 def test_memory_is_printed_with_what_fits(capsys):
@@ -353,6 +391,11 @@ def test_settings_that_switch_off(small_world, tmp_path):
         ]
         assert len(names) == tensors // 4 * layers + tensors % 4 if tensors > 2 else len(names) == 2
         assert encode_text(run, ["a red circle"]).isfinite().all()
+        if flags[0] != "--no-soft_prompts":  # AR alone never sees the text prompt, contrast sees both
+            soft = run.model.language_model.embed_tokens
+            moved = not torch.equal(soft.text, soft.weight[soft.prompt_ids[-len(soft.text) :]])
+            assert moved == (flags[0] != "--contrastive_weight")
+            assert not torch.equal(soft.image, soft.weight[soft.prompt_ids[: len(soft.image)]])
 
 
 @pytest.mark.parametrize(
