@@ -74,7 +74,7 @@ class LoRALinear(nn.Module):
         ]
         dropout = self.config.dropout if self.training else 0.0
         trains = any(t is not None and t.requires_grad for weight, bias, *_ in tensors for t in (weight, bias))
-        if dropout or (trains and torch.is_grad_enabled()):
+        if dropout or (trains and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return [lora_linear(x, *each, self.config.scale, dropout) for each in tensors]
         flat = [tensor for each in tensors for tensor in each]
         return LeanLoRA.apply(x, getattr(x, "recipe", None), self.config.scale, *flat)

@@ -150,8 +150,7 @@ class LlavaConfig:
             raise CheckpointError(f"{where}: " + "; ".join(faults))
         return self
 
-    def to_dict(self) -> dict:
-        """The config.json of a Hugging Face LLaVA folder."""
+    def to_dict(self) -> dict:  # the config.json of a Hugging Face LLaVA folder
         ours = ("vision", "text", "image_token_id", "eos_token_ids")
         return {k: v for k, v in vars(self).items() if k not in ours} | {
             "architectures": ["LlavaForConditionalGeneration"],
@@ -251,8 +250,13 @@ def project(x, *layers):
 def made_of(function, *inputs):
     """function(*inputs) with its recipe: who needs it for gradients makes it again. It must not be changed in place."""
     result = function(*inputs)
-    result.recipe = function, inputs
+    if not torch.compiler.is_compiling():  # the compiler decides for itself what to keep
+        result.recipe = function, inputs
     return result
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up if torch.compiler.is_compiling() else SwiGLU.apply(gate, up)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -306,7 +310,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(made_of(lambda gate, up: SwiGLU.apply(gate, up), gate, up))
+        return self.down_proj(made_of(swiglu, gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -354,8 +358,7 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a row at once, so that generation does not grow the cache at every step."""
+    def reserve(self, capacity: int) -> None:  # tokens a row, at once, so that generation need not grow at every step
         if (extra := capacity - self.keys.shape[3]) > 0:
             self.keys, self.values = (F.pad(x, (0, 0, 0, extra)) for x in (self.keys, self.values))
 
