@@ -67,7 +67,7 @@ class LoRALinear(nn.Module):
         """One input through several layers, all LoRALinear of one config: x (..., in) -> a list of (..., out)."""
         if not self.enabled:
             return [F.linear(x, layer.weight, layer.bias) for layer in layers]
-        # Computed in the base's precision; the gradients arrive, and are summed up, in fp32.
+        # Computed in the base's precision; the casts hand the gradients on in fp32, where they are summed up.
         tensors = [
             (layer.weight, layer.bias, layer.lora_A.weight.to(x.dtype), layer.lora_B.weight.to(x.dtype))
             for layer in layers

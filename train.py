@@ -55,7 +55,14 @@ from eval import (
     summary,
 )
 from lora import LoRAConfig, add_lora, add_soft_prompts, freeze, save_adapter, trainable_parameters
-from losses import backward_cached, backward_whole, linear_cross_entropy, tiled_contrastive_loss, vladva_loss
+from losses import (
+    backward_cached,
+    backward_whole,
+    gather_with_gradient,
+    linear_cross_entropy,
+    tiled_contrastive_loss,
+    vladva_loss,
+)
 from model import Llava, LlavaConfig
 
 
@@ -167,7 +174,7 @@ def training_step(model: nn.Module, batch: Batch, log_scale: torch.Tensor, confi
 
     def contrast(embeddings: list[torch.Tensor]) -> torch.Tensor:
         sides = embeddings[: len(batch.images)], embeddings[len(batch.images) :]
-        images, texts = (in_order(*side) for side in zip(sides, (batch.images, batch.texts)))
+        images, texts = (gather_with_gradient(in_order(*side)) for side in zip(sides, (batch.images, batch.texts)))
         return tiled_contrastive_loss(images, texts, log_scale.exp())
 
     def in_order(embeddings: list[torch.Tensor], chunks: list[Chunk]) -> torch.Tensor:

@@ -4,7 +4,7 @@
 
 What should come out: twice the tokens take 1.8 to 2.15 times as long; the cross-entropy's peak is the same for a
 vocabulary four times as large and for four times the tokens (but for the gradient of their hidden states); the
-contrastive loss needs four times as much for four times the batch, not sixteen.
+contrastive loss needs at most four times as much for four times the batch, not sixteen.
 """
 
 import argparse
