@@ -27,7 +27,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class DataError(ValueError):
     """A file that cannot be used; the message names it, the field, what was found and what to do."""
 
 
-def read_json(path: Path, expected: type | tuple[type, ...] = dict):
+def read_json(path: str | Path, expected: type | tuple[type, ...] = dict):
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -63,14 +63,11 @@ def read_json(path: Path, expected: type | tuple[type, ...] = dict):
 
 def inside(root: Path, name: str) -> Path:
     """The path `name` below `root`. Raises DataError where it is absolute or leads outside, by `..` or a link."""
-    try:
+    with suppress(OSError, ValueError, RuntimeError):  # no path at all: a null byte, a lone surrogate, a loop of links
         path = (root / name).resolve()
-        is_inside = path.is_relative_to(root.resolve())
-    except (OSError, ValueError, RuntimeError):  # no path at all: a null byte, a lone surrogate, a loop of links
-        is_inside = False
-    if not is_inside:
-        raise DataError(f"{name!r} lies outside of {root}; set the image root to a folder that holds all images")
-    return path
+        if path.is_relative_to(root.resolve()):
+            return path
+    raise DataError(f"{name!r} lies outside of {root}; set the image root to a folder that holds all images")
 
 
 # ---- Text
@@ -84,13 +81,12 @@ class TextTokenizer:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            advice = "it must be the file itself, not a Git LFS pointer or a web page"
-            raise DataError(f"{path}: not a tokenizer ({error}); {advice}") from None
+            raise DataError(f"{path}: not a tokenizer, perhaps a Git LFS pointer or a web page ({error})") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: index for index, token in added.items() if token.special}
-        self.special_pattern = re.compile("|".join(map(re.escape, self.special_ids)) or "(?!)")
+        self.special_pattern = re.compile(f"({'|'.join(map(re.escape, self.special_ids)) or '(?!)'})")
         self.begin = self.tokenizer.encode("").ids  # [1], LLaMA's <s>; nothing for Qwen
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -122,14 +118,11 @@ class ChatTemplate:
 
     user: str
     assistant: str
-    end: str
-    stop: str  # the token that ends an answer
+    end: str  # one token
 
 
-VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "</s>", "</s>")  # LLaVA-1.5, TinyLLaVA, as they were trained
-CHATML = ChatTemplate(
-    "<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<|im_end|>", "<|im_end|>"
-)  # interleave-qwen
+VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "</s>")  # LLaVA-1.5, TinyLLaVA, as they were trained
+CHATML = ChatTemplate("<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<|im_end|>")  # interleave-qwen
 
 
 class Layout:
@@ -155,11 +148,10 @@ class Layout:
     ):
         self.tokenizer, self.num_image_tokens = tokenizer, num_image_tokens
         self.template = CHATML if "<|im_start|>" in tokenizer.special_ids else VICUNA
-        for token in ("<image>", self.template.stop):
-            if token not in tokenizer.special_ids:
-                raise DataError(f"tokenizer.json has no special token {token}; it is not the tokenizer of a LLaVA")
-        self.image_id = tokenizer.special_ids["<image>"]
-        self.stop_id = tokenizer.special_ids[self.template.stop]
+        try:
+            self.image_id, self.stop_id = (tokenizer.special_ids[token] for token in ("<image>", self.template.end))
+        except KeyError as token:
+            raise DataError(f"tokenizer.json has no special token {token}; it is not a LLaVA's tokenizer") from None
         self.prompt_texts = image_prompt, text_prompt
         self.image_prompt, self.text_prompt = (self.prompt(text) for text in self.prompt_texts)
         self.prompt_ids = self.image_prompt + self.text_prompt
@@ -167,6 +159,7 @@ class Layout:
             soft = list(range(soft_start, soft_start + len(self.prompt_ids)))
             self.image_prompt, self.text_prompt = soft[: len(self.image_prompt)], soft[len(self.image_prompt) :]
         self.image_prefix = tokenizer.begin + self.fill(self.template.user + "<image>")
+        self.image_summary = len(self.image_side()) - 1
 
     def with_soft_prompts(self, soft_start: int) -> "Layout":
         return Layout(self.tokenizer, self.num_image_tokens, *self.prompt_texts, soft_start)
@@ -177,14 +170,12 @@ class Layout:
 
     def fill(self, template: str, text: str = "") -> list[int]:
         """Ids of a template with {text} filled in. Special tokens count in the template, never in the text."""
-        ids, position = [], 0
-        for match in [*self.tokenizer.special_pattern.finditer(template), None]:
-            stretch = template[position : match.start() if match else None].replace("{text}", text)
-            ids += self.tokenizer.encode(stretch) if stretch else []
-            if match:
-                index = self.tokenizer.special_ids[match[0]]
-                ids += [index] * (self.num_image_tokens if index == self.image_id else 1)
-                position = match.end()
+        ids = []
+        for part in self.tokenizer.special_pattern.split(template):
+            if part in self.tokenizer.special_ids:
+                ids += [self.tokenizer.special_ids[part]] * (self.num_image_tokens if part == "<image>" else 1)
+            elif stretch := part.replace("{text}", text):
+                ids += self.tokenizer.encode(stretch)
         return ids
 
     def prompt(self, text: str) -> list[int]:
@@ -195,10 +186,6 @@ class Layout:
         """An image and its prompt, followed by the ids of a long caption (which the summary cannot see: attention is
         causal). The image is summarized at position `image_summary`."""
         return self.image_prefix + self.image_prompt + (caption + [self.stop_id] if caption else [])
-
-    @property
-    def image_summary(self) -> int:
-        return len(self.image_prefix) + len(self.image_prompt) - 1
 
     def text_side(self, caption: str) -> list[int]:
         """A caption and its prompt. The text is summarized at the last position."""
@@ -282,24 +269,21 @@ class ImageProcessor:
         def size(value) -> int | tuple[int, int]:
             """The length of the shortest edge, or exactly (height, width)."""
             if type(value) is int:
-                return side(value) if self.crop else pair(value)  # the first is how old CLIP configs write it
+                return side(value) if crop else pair(value)  # the first is how old CLIP configs write it
             given = {key: length for key, length in value.items() if length is not None}
             return side(given["shortest_edge"]) if given.keys() == {"shortest_edge"} else pair(given)
 
-        def numbers(value) -> np.ndarray:
-            """One for each channel."""
-            values = np.array(value, np.float32).reshape(3)
-            if not np.isfinite(values).all():
-                raise ValueError
-            return values
+        def channels(value) -> np.ndarray:
+            return np.array(value, np.float32).reshape(3)
 
-        self.crop = read("crop_size", pair) if raw.get("do_center_crop", "crop_size" in raw) else None
+        crop = read("crop_size", pair) if raw.get("do_center_crop", "crop_size" in raw) else None
         self.resized = read("size", size)
         smallest = (self.resized,) * 2 if isinstance(self.resized, int) else self.resized
-        if isinstance(self.resized, int) > bool(self.crop) or any(c > s for c, s in zip(self.crop or (), smallest)):
-            raise DataError(f"{where}: size {raw['size']!r} and crop_size {self.crop} do not give images of one size")
+        if isinstance(self.resized, int) > bool(crop) or any(c > s for c, s in zip(crop or (), smallest)):
+            raise DataError(f"{where}: size {raw['size']!r} and crop_size {crop} do not give images of one size")
+        self.size = crop or self.resized  # (height, width) of what comes out
         self.resample = read("resample", Image.Resampling, 3)
-        mean, std = read("image_mean", numbers), read("image_std", numbers)
+        mean, std = read("image_mean", channels), read("image_std", channels)
         factor = read("rescale_factor", float, 1 / 255) if raw.get("do_rescale", True) else 1.0
         for key, wanted in (("do_resize", True), ("do_normalize", True), ("do_pad", False)):
             if raw.get(key, wanted) not in (wanted, None):
@@ -308,7 +292,7 @@ class ImageProcessor:
         with np.errstate(all="ignore"):
             values = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
             self.table = (values - mean[:, None]) / std[:, None]  # (3, 256)
-        if not np.isfinite(self.table).all():
+        if not np.isfinite(self.table).all() or not np.isfinite(std).all():
             raise DataError(f"{where}: rescale_factor, image_mean and image_std do not give finite pixel values")
 
     @classmethod
@@ -323,23 +307,15 @@ class ImageProcessor:
             raise DataError(f"{path}: has no image_processor, and there is no preprocessor_config.json beside it")
         return cls(raw, f"{path}: image_processor")
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of what comes out."""
-        return self.crop or self.resized
-
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB image -> (3, height, width) fp32."""
-        width, height = image.size
         if isinstance(self.resized, int):
-            short, edge = min(width, height), self.resized
-            width, height = int(edge * width / short), int(edge * height / short)  # int() truncates, as they do
+            width, height = (int(self.resized * side / min(image.size)) for side in image.size)  # truncated, as there
         else:
             height, width = self.resized
         pixels = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3) uint8
-        if self.crop:
-            top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
-            pixels = pixels[top : top + self.crop[0], left : left + self.crop[1]]
+        top, left = (height - self.size[0]) // 2, (width - self.size[1]) // 2  # 0 where nothing is cropped
+        pixels = pixels[top : top + self.size[0], left : left + self.size[1]]
         return torch.from_numpy(np.stack([self.table[c][pixels[..., c]] for c in range(3)]))
 
 
@@ -365,11 +341,6 @@ class Chunk:
     labels: torch.Tensor | None = None  # (b, T) the NEXT token, IGNORE outside of long captions; images only
     pixel_values: torch.Tensor | None = None  # (b, 3, height, width); images only
 
-    @property
-    def prefix(self) -> torch.Tensor:
-        """All that the embeddings depend on: the ids up to the last summary position."""
-        return self.input_ids[:, : int(self.summary.max()) + 1]
-
     def to(self, device) -> "Chunk":
         return Chunk(**{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
@@ -394,7 +365,7 @@ class CaptionDataset(Dataset):
     Args:
         contrast: which captions feed the contrastive loss; "long" is for showing why it must be "short".
     Raises:
-        DataError: when a file has no usable record, or more than `tolerance` of its lines are faulty.
+        DataError: when a file has no usable record, or more than 1 % of its lines are faulty.
     """
 
     def __init__(
@@ -404,7 +375,6 @@ class CaptionDataset(Dataset):
         processor: ImageProcessor,
         image_root: str | Path | None = None,
         contrast: str = "short",
-        tolerance: float = 0.01,
     ):
         self.path, self.layout, self.processor, self.contrast = Path(path), layout, processor, contrast
         self.root = Path(image_root) if image_root else self.path.parent
@@ -418,16 +388,14 @@ class CaptionDataset(Dataset):
                 self.faults[str(error)] += 1
                 first_fault = first_fault or f"line {number}: {error}"
                 continue
-            unit = number if group is None else groups.setdefault(group, number)
-            self.units.append(unit)
+            self.units.append(number if group is None else groups.setdefault(group, number))
             offsets.append(offset)
         self.offsets = np.array(offsets, np.int64)
-        faulty = sum(self.faults.values())
-        if not offsets or faulty > tolerance * (faulty + len(offsets)):
+        faulty = self.faults.total()
+        total = faulty + len(offsets)
+        if not offsets or faulty > 0.01 * total:
             counts = "; ".join(f"{count} x {reason}" for reason, count in self.faults.most_common(5))
-            raise DataError(
-                f"{path}: {faulty} of {faulty + len(offsets)} lines cannot be used, {first_fault} ({counts})"
-            )
+            raise DataError(f"{path}: {faulty} of {total} lines cannot be used, {first_fault} ({counts})")
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         try:
@@ -514,18 +482,14 @@ class ResumableSampler(Sampler):
     def __len__(self) -> int:
         return self.steps - self.first_step
 
-    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the records in an epoch, and the draw of each place in it."""
-        random = np.random.default_rng([self.seed, number])
-        rank = random.permutation(self.units.max() + 1)[self.units]
-        return np.argsort(rank, kind="stable"), random.integers(2**31, size=len(self.units))
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         per_epoch, loaded = len(self.units) // self.batch_size, None
         for step in range(self.first_step, self.steps):
             number, place = divmod(step, per_epoch)
             if number != loaded:
-                (order, draws), loaded = self.epoch(number), number
+                random, loaded = np.random.default_rng([self.seed, number]), number
+                rank = random.permutation(self.units.max() + 1)[self.units]
+                order, draws = np.argsort(rank, kind="stable"), random.integers(2**31, size=len(rank))
             part = slice(place * self.batch_size, (place + 1) * self.batch_size)
             yield list(zip(order[part].tolist(), draws[part].tolist()))
 
@@ -541,13 +505,13 @@ def collate(
     """
     good = [sample for sample in samples if isinstance(sample, Sample)]
     supervised = math.ceil(caption_share * sum(sample.short is not None and sample.long is not None for sample in good))
-    images, texts, num_pairs, num_tokens = [], [], 0, 0
+    images, texts, num_tokens = [], [], 0
     for sample in good:
         caption = sample.long if sample.short is None or supervised > 0 else None
         supervised -= sample.short is not None and caption is not None
         pair = -1
         if sample.short is not None:
-            pair, num_pairs = num_pairs, num_pairs + 1
+            pair = len(texts)
             texts.append((layout.text_side(sample.short), pair, None))
         if pair >= 0 or caption:
             images.append((layout.image_side(caption), pair, sample.pixel_values))
@@ -571,7 +535,7 @@ def collate(
             yield Chunk(input_ids, summary, torch.tensor(pairs), labels, torch.stack(pixels))
 
     skipped = [sample for sample in samples if isinstance(sample, str)]
-    return Batch(list(chunks(images)), list(chunks(texts)), num_pairs, num_tokens, skipped)
+    return Batch(list(chunks(images)), list(chunks(texts)), len(texts), num_tokens, skipped)
 
 
 # ---- Test sets, in the formats that their authors publish
@@ -589,7 +553,7 @@ def fields_of(path: str | Path) -> Iterator[None]:
 def read_karpathy(path: str | Path, image_root: str | Path, split: str = "test") -> list[tuple[Path, list[str]]]:
     """dataset_flickr30k.json, dataset_coco.json -> (image, captions) of one split."""
     with fields_of(path):
-        images = [image for image in read_json(Path(path))["images"] if image["split"] == split]
+        images = [image for image in read_json(path)["images"] if image["split"] == split]
         if not images:
             raise DataError(f"{path}: no images of split {split!r}")
         names = [str(Path(image.get("filepath", "")) / image["filename"]) for image in images]
@@ -600,7 +564,7 @@ def read_karpathy(path: str | Path, image_root: str | Path, split: str = "test")
 def read_sugarcrepe(path: str | Path, image_root: str | Path, captions: tuple[str, ...]) -> list[dict]:
     """One file of SugarCrepe (an object keyed by numbers, with gaps) or SugarCrepe++ (a list) -> its items, each with
     the path of its "image" and the fields named in `captions`."""
-    content = read_json(Path(path), (dict, list))
+    content = read_json(path, (dict, list))
     items = list(content.values()) if isinstance(content, dict) else content
     if not items:
         raise DataError(f"{path}: holds no items")

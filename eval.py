@@ -16,8 +16,6 @@ In Python:
     images = encode_image(run, [open_image("photo.jpg")])     # (1, D), unit length
     texts = encode_text(run, ["a red car", "a blue car"])     # (2, D)
     print(images @ texts.T)                                   # cosine similarities
-
-Axes: B batch, T tokens, D hidden.
 """
 
 import argparse
@@ -36,8 +34,6 @@ from tqdm import tqdm
 
 from data import (
     IGNORE,
-    IMAGE_PROMPT,
-    TEXT_PROMPT,
     CaptionDataset,
     DataError,
     ImageProcessor,
@@ -81,10 +77,8 @@ class Run:
 
 
 def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
-    """The best device here, or the one asked for, with the fastest dtype that it computes well in.
-
-    CUDA: bf16 where the GPU has it, else fp16. MPS and CPU: fp32.
-    """
+    """The best device here, or the one asked for, with the fastest dtype that it computes well in: on CUDA bf16 where
+    the GPU has it, else fp16; on MPS and CPU fp32."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -97,10 +91,8 @@ def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
 
 
 def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read a Hugging Face LLaVA folder, or a run folder of train.py: its base model with its newest adapters.
-
-    Raises CheckpointError, DataError or AdapterError.
-    """
+    """Read a Hugging Face LLaVA folder, or a run folder of train.py: its base model with its newest adapters. Raises
+    CheckpointError, DataError or AdapterError."""
     folder = Path(folder)
     if not (folder / "checkpoints").is_dir():
         return load_base(folder, device)
@@ -116,67 +108,59 @@ def load_run(folder: str | Path, device: str | None = None) -> Run:
     return run
 
 
-def load_base(
-    folder: str | Path, device: str | None, image_prompt: str = IMAGE_PROMPT, text_prompt: str = TEXT_PROMPT
-) -> Run:
-    folder, config, layout, processor = inspect_base(folder, image_prompt, text_prompt)
+def load_base(folder: str | Path, device: str | None, *prompts: str) -> Run:
+    folder, config, layout, processor = inspect_base(folder, *prompts)
     where, dtype = pick_device(device)
     model = Llava.from_pretrained(folder, dtype, where)
     model.config.eos_token_ids = config.eos_token_ids
     return Run(model, layout, processor)
 
 
-def inspect_base(
-    folder: str | Path, image_prompt: str = IMAGE_PROMPT, text_prompt: str = TEXT_PROMPT
-) -> tuple[Path, LlavaConfig, Layout, ImageProcessor]:
-    """A LLaVA folder without its weights, checked: where it is, and what its small files say."""
+def inspect_base(folder: str | Path, *prompts: str) -> tuple[Path, LlavaConfig, Layout, ImageProcessor]:
+    """A LLaVA folder without its weights, checked: where it is, and what its small files say. `prompts` are the image
+    prompt and the text prompt, where they are not the paper's."""
     given, folder = folder, Path(folder) if Path(folder).is_dir() else ROOT / folder  # toy/tiny-llava from anywhere
     if not folder.is_dir():
         raise CheckpointError(f"{given}: no such folder; give a Hugging Face LLaVA folder or a run of train.py")
     config = LlavaConfig.from_pretrained(folder)
-    layout = Layout(TextTokenizer(folder), config.num_image_tokens, image_prompt, text_prompt)
+    layout = Layout(TextTokenizer(folder), config.num_image_tokens, *prompts)
     if layout.image_id != config.image_token_id:
-        raise DataError(
-            f"{folder}: <image> is {layout.image_id} in tokenizer.json, {config.image_token_id} in config.json: "
-            "the files belong to different models"
-        )
+        found = f"<image> is {layout.image_id} in tokenizer.json, {config.image_token_id} in config.json"
+        raise DataError(f"{folder}: {found}: the files belong to different models")
     processor, side = ImageProcessor.from_pretrained(folder), config.vision.image_size
     if processor.size != (side, side):
-        raise DataError(
-            f"{folder}: preprocessor_config.json makes images of {processor.size}, config.json wants {side} x {side}"
-        )
+        found = f"preprocessor_config.json makes images of {processor.size}, config.json wants {side} x {side}"
+        raise DataError(f"{folder}: {found}")
     config.eos_token_ids = tuple({*config.eos_token_ids, layout.stop_id})
     return folder, config, layout, processor
 
 
-# ---- Embeddings: the last hidden state at the summary position, at unit length
+# ---- Embeddings: the last hidden state at the summary position, at unit length. Axes: B batch, T tokens, D hidden.
 
 
-@torch.no_grad()
 def encode_image(run: Run, images: list[Image.Image], batch_size: int = 64) -> torch.Tensor:
     """RGB images -> (B, D) fp32 on the CPU, unit length."""
-    ids, embeddings = run.layout.image_side(), torch.empty(len(images), run.model.config.text.hidden_size)
-    for start in range(0, len(images), batch_size):
-        pixel_values = run.pixel_values(images[start : start + batch_size])
-        input_ids = torch.tensor([ids] * len(pixel_values), device=run.model.device)
-        hidden = run.model(input_ids, pixel_values)  # (b, T, D), all of one length
-        summary = hidden[:, run.layout.image_summary]
-        embeddings[start : start + batch_size] = F.normalize(summary.float(), dim=-1).cpu()
-    return embeddings
+    return encode(run, [run.layout.image_side()] * len(images), images, batch_size)
+
+
+def encode_text(run: Run, texts: list[str], batch_size: int = 256) -> torch.Tensor:
+    """Texts -> (B, D) fp32 on the CPU, unit length."""
+    return encode(run, [run.layout.text_side(text) for text in texts], None, batch_size)
 
 
 @torch.no_grad()
-def encode_text(run: Run, texts: list[str], batch_size: int = 256) -> torch.Tensor:
-    """Texts -> (B, D) fp32 on the CPU, unit length."""
-    rows = [run.layout.text_side(text) for text in texts]
+def encode(run: Run, rows: list[list[int]], images: list[Image.Image] | None, batch_size: int) -> torch.Tensor:
+    """Token ids that end at the summary position, and an image for each row or for none -> (B, D)."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
     embeddings = torch.empty(len(rows), run.model.config.text.hidden_size)
+    device = run.model.device
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
-        padded = [torch.tensor(rows[index], device=run.model.device) for index in chosen]
-        last = torch.tensor([len(rows[index]) - 1 for index in chosen], device=run.model.device)
-        hidden = run.model(torch.nn.utils.rnn.pad_sequence(padded, batch_first=True))
-        summary = hidden[torch.arange(len(chosen), device=run.model.device), last]
+        padded = [torch.tensor(rows[index], device=device) for index in chosen]
+        last = torch.tensor([len(row) - 1 for row in padded], device=device)
+        pixel_values = run.pixel_values([images[index] for index in chosen]) if images else None
+        hidden = run.model(torch.nn.utils.rnn.pad_sequence(padded, batch_first=True), pixel_values)  # (b, T, D)
+        summary = hidden[torch.arange(len(chosen), device=device), last]
         embeddings[chosen] = F.normalize(summary.float(), dim=-1).cpu()
     return embeddings
 
@@ -200,9 +184,7 @@ class Embeddings:
             part = new[start : start + size]
             vectors = encode(part)
             if not vectors.isfinite().all():
-                raise DataError(
-                    f"the model's embeddings of {name} are not finite; it has diverged, or overflows in fp16"
-                )
+                raise DataError(f"embeddings of {name} are not finite; the model has diverged, or overflows in fp16")
             self.known.update(zip(part, vectors))
         return torch.stack([self.known[key] for key in keys])
 
@@ -210,18 +192,10 @@ class Embeddings:
 # ---- Metrics, all in percent. A tie never counts as a success: equal embeddings must not score by luck.
 
 
-def recall_at_k(
-    scores: torch.Tensor, image_of_text: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)
-) -> dict[str, float]:
+def recall_at_k(scores: torch.Tensor, image_of_text: torch.Tensor, ks=(1, 5, 10)) -> dict[str, float]:
     """Retrieval in both directions; ties are counted against the model.
-
-    Args:
-        scores: (texts, images) similarities.
-        image_of_text: (texts,) the image that each text describes.
-    Returns:
-        "t2i_r1", ...: texts whose image is among the k best of all images; "i2t_r1", ...: images of which at least one
-        text is among the k best of all texts.
-    """
+    scores (texts, images), image_of_text (texts,): the image that each text describes -> "t2i_r1", ...: texts whose
+    image is among the k best of all images, "i2t_r1", ...: images with a text among the k best of all texts."""
     own = scores.gather(1, image_of_text[:, None])  # (texts, 1)
     t2i_rank = (scores >= own).sum(dim=1) - 1
     is_own = image_of_text[:, None] == torch.arange(scores.shape[1])
@@ -247,20 +221,15 @@ def retrieval(embeddings: Embeddings, items: list[tuple[Path, list[str]]]) -> di
 def sugarcrepe(embeddings: Embeddings, items: list[dict]) -> float:
     """One file of SugarCrepe (arXiv 2306.14610): the caption must beat its negative, strictly."""
     images = embeddings.images([item["image"] for item in items])
-    score = {
-        key: (images * embeddings.texts([item[key] for item in items])).sum(-1)
-        for key in ("caption", "negative_caption")
-    }
-    return percent(score["caption"] > score["negative_caption"])
+    right, wrong = ((images * embeddings.texts([item[key] for item in items])).sum(-1) for key in PAIR)
+    return percent(right > wrong)
 
 
 def sugarcrepe_pp(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
     """One file of SugarCrepe++ (arXiv 2406.11171). itt: for the image, both captions must beat the negative. tot: by
     text alone, the two captions must be nearer to each other than either is to the negative."""
     image = embeddings.images([item["image"] for item in items])
-    first, second, negative = (
-        embeddings.texts([item[key] for item in items]) for key in ("caption", "caption2", "negative_caption")
-    )
+    first, second, negative = (embeddings.texts([item[key] for item in items]) for key in TRIPLE)
     wrong, pair = (image * negative).sum(-1), (first * second).sum(-1)
     itt = ((image * first).sum(-1) > wrong) & ((image * second).sum(-1) > wrong)
     tot = (pair > (first * negative).sum(-1)) & (pair > (second * negative).sum(-1))
@@ -281,19 +250,12 @@ def winoground(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
 
 
 def caption(
-    run: Run,
-    images: list[Image.Image],
-    question: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    run: Run, images: list[Image.Image], question: str | None = None, max_new_tokens: int = 256, temperature: float = 0
 ) -> list[str]:
-    """Describe each image, or answer one question about each; greedily unless a temperature is given.
-
-    Without a question, an adapted model is asked through the image prompt that it was trained to caption with.
-    """
-    prompt = (
-        run.layout.image_side() if question is None and run.is_adapted else run.layout.question(question or DESCRIBE)
-    )
+    """Describe each image, or answer one question about each; greedily unless a temperature is given. Without a
+    question, an adapted model is asked through the image prompt that it was trained to caption with."""
+    layout = run.layout
+    prompt = layout.image_side() if question is None and run.is_adapted else layout.question(question or DESCRIBE)
     room = room_for_answer(run, prompt, max_new_tokens)
     answers = run.model.generate([prompt] * len(images), run.pixel_values(images), room, temperature)
     return [run.tokenizer.decode(answer) for answer in answers]
@@ -312,8 +274,7 @@ def captioning(
     run: Run, path: Path, images: Path, question: str | None = None, limit: int = 256, score: Callable | None = None
 ) -> dict[str, float]:
     """Of the first `limit` records, the share of the long captions' tokens that are the likeliest, given the image and
-    all tokens before. `score(generated, references)` may add measures of greedy captions.
-    """
+    all tokens before. `score(generated, references)` may add measures of greedy captions."""
     layout = run.layout if question is None and run.is_adapted else run.layout.with_image_prompt(question or DESCRIBE)
     dataset = CaptionDataset(path, layout, run.processor, images)
     samples = [dataset[index, 0] for index in range(min(limit, len(dataset)))]
@@ -355,7 +316,10 @@ class Conversation:
 
 # ---- A set of tests, and how its results are shown
 
+TESTS = ("retrieval", "sugarcrepe", "sugarcrepe++", "winoground", "captioning")
 SUGARCREPE = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+PAIR = ("caption", "negative_caption")  # SugarCrepe's fields
+TRIPLE = ("caption", "caption2", "negative_caption")  # SugarCrepe++'s
 PAPER_TABLE_4 = {  # LLaVA-1.5-7B, 1 M samples: T2I R@1, I2T R@1 (Flickr30k), SugarCrepe replace, swap, add
     "no training": (59.6, 65.6, 81.9, 59.8, 64.7),
     "soft prompts": (76.7, 91.7, 86.4, 66.9, 89.3),
@@ -365,21 +329,16 @@ PAPER_TABLE_4 = {  # LLaVA-1.5-7B, 1 M samples: T2I R@1, I2T R@1 (Flickr30k), Su
 }
 
 
-TESTS = ("retrieval", "sugarcrepe", "sugarcrepe++", "winoground", "captioning")
-
-
 def run_test(name: str, embeddings: Embeddings, file: Path, images: Path, split: str = "test") -> dict[str, float]:
     """One of TESTS but captioning, on the authors' files."""
     if name == "retrieval":
         return retrieval(embeddings, read_karpathy(file, images, split))
     if name == "winoground":
         return winoground(embeddings, read_winoground(file, images))
+    kinds, captions = (SUGARCREPE, PAIR) if name == "sugarcrepe" else (SUGARCREPE[:5], TRIPLE)  # ++ has no add_* files
+    files = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
     if name == "sugarcrepe":
-        captions = ("caption", "negative_caption")
-        files = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in SUGARCREPE}
         return {kind: sugarcrepe(embeddings, items) for kind, items in files.items()}
-    captions = ("caption", "caption2", "negative_caption")  # SugarCrepe++ has no add_* files
-    files = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in SUGARCREPE[:5]}
     scores = {kind: sugarcrepe_pp(embeddings, items) for kind, items in files.items()}
     return {f"{kind}_{test}": value for kind, pair in scores.items() for test, value in pair.items()}
 
@@ -411,12 +370,7 @@ def evaluate(embeddings: Embeddings, tests: Path, score: Callable | None = None)
 def summary(tables: dict) -> dict[str, float]:
     """The columns of the printed table, as far as they were measured."""
     r, s, w, c = (tables.get(name, {}) for name in ("retrieval", "sugarcrepe", "winoground", "captioning"))
-    columns = {
-        "T2I@1": r.get("t2i_r1"),
-        "T2I@10": r.get("t2i_r10"),
-        "I2T@1": r.get("i2t_r1"),
-        "I2T@10": r.get("i2t_r10"),
-    }
+    columns = {f"{way.upper()}@{k}": r.get(f"{way}_r{k}") for way in ("t2i", "i2t") for k in (1, 10)}
     for group in ("replace", "swap", "add"):
         values = [value for name, value in s.items() if name.startswith(group)]
         columns[group] = sum(values) / len(values) if values else None
@@ -492,17 +446,14 @@ def test_command(run: Run, args) -> None:
         result = run_test(args.command, Embeddings(run), file, images, getattr(args, "split", "test"))
     for name, value in result.items():
         print(f"{name:>20} {value:6.2f}")
-    columns = summary({args.command: result})
-    if columns:
+    if columns := summary({args.command: result}):
         print_table({"this model": columns} | {k: v for k, v in paper_rows().items() if v.keys() & columns.keys()})
     if args.json:
         Path(args.json).write_text(json.dumps({args.command: result}, indent=2) + "\n")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nAxes")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, function: Callable, help: str) -> Callable:
@@ -523,11 +474,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     argument("image", metavar="IMAGE")
     argument("--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
     for name, file, help in (
-        (
-            "retrieval",
-            "JSON",
-            "Flickr30k or COCO, Karpathy's JSON: R@1, 5, 10 both ways; a tie counts against the model",
-        ),
+        ("retrieval", "JSON", "Karpathy's Flickr30k or COCO: R@1, 5, 10 both ways; a tie counts against the model"),
         ("sugarcrepe", "FOLDER", "SugarCrepe's seven files: the caption must beat its negative, strictly"),
         ("sugarcrepe++", "FOLDER", "SugarCrepe++'s five files: ITT and TOT"),
         ("winoground", "JSONL", "Winoground's examples.jsonl: text, image and group score"),
@@ -554,13 +501,9 @@ def positive(text: str) -> int:
 
 def temperature(text: str) -> float:
     """An argument that must be a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
+    if not 0 <= float(text) < float("inf"):  # where it is no number at all, argparse says so
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
+    return float(text)
 
 
 def main(arguments: list[str] | None = None) -> None:

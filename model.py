@@ -164,21 +164,22 @@ class LlavaConfig:
 
 
 # ---- Vision tower. CLIP: github.com/openai/CLIP (model.py); SigLIP: arXiv 2303.15343. Patches attend both ways.
+def heads(x, head_dim: int):  # (B, T, H * head_dim) -> (B, H, T, head_dim)
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
 class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         D, hidden, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-        self.num_heads, self.activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
+        self.head_dim, self.activation = D // config.num_attention_heads, ACTIVATIONS[config.hidden_act]
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps=eps), nn.LayerNorm(D, eps=eps)
         self.self_attn = nn.ModuleDict({name: nn.Linear(D, D) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, hidden), "fc2": nn.Linear(hidden, D)})
 
     def forward(self, x):
         attention, y = self.self_attn, self.layer_norm1(x)
-        q, k, v = (
-            proj(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, patches, D / H)
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        q, k, v = (heads(proj(y), self.head_dim) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
         y = F.scaled_dot_product_attention(q, k, v)
         x = x + attention.out_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
@@ -289,10 +290,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * head_dim, D, bias=config.attention_bias)
 
     def forward(self, x, cos, sin, cache=None, layer=0):
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, head_dim)
-            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)  # (B, K, S, head_dim) and (B, 1, T, S), no mask on first use
@@ -335,10 +333,9 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpoint_layers = 0  # the first layers keep only their input, and are computed again for the gradients
 
-    def forward(self, embeddings, cache=None):
-        """embeddings (B, T, D) -> hidden states (B, T, D) after the final norm; with a cache, they continue its rows.
+    def forward(self, x, cache=None):
+        """Embeddings (B, T, D) -> hidden states (B, T, D) after the final norm; with a cache, they continue its rows.
         Attention is causal and needs no padding mask, as padding stands on the RIGHT: no real token sees it."""
-        x = embeddings
         positions = torch.arange(x.shape[1], device=x.device)[None] if cache is None else cache.extend(x.shape[1])
         cos, sin = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):
@@ -405,25 +402,21 @@ class Llava(nn.Module):
             features = features[:, 1:]  # meant for CLIP's class token
         return self.multi_modal_projector(features)
 
-    def embed(self, input_ids, pixel_values=None, image_features=None):
-        """Token embeddings (B, T, D), with image features at the image tokens, in reading order."""
-        embeddings = self.language_model.embed_tokens(input_ids)
-        if pixel_values is not None:
-            image_features = self.image_features(pixel_values)
-        if image_features is None:
-            return embeddings
-        is_image = input_ids == self.config.image_token_id
-        places, features = int(is_image.sum()), image_features[..., 0].numel()
-        if places != features:
-            raise ValueError(f"input_ids have {places} image tokens for {features} image features")
-        return embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
-
     def forward(self, input_ids, pixel_values=None, image_features=None, cache=None):
         """ids (and images) -> hidden states (B, T, D) after the final norm; those at padding are meaningless.
         input_ids: (B, T) int64, padded on the right with 0; the image token's id once per image feature.
         pixel_values: (images, 3, image_size, image_size) in reading order, or their image_features: (images, N, D).
         cache: holds what stands in front of input_ids; the caller extends its `tokens` by what was not padding."""
-        return self.language_model(self.embed(input_ids, pixel_values, image_features), cache)
+        embeddings = self.language_model.embed_tokens(input_ids)
+        if pixel_values is not None:
+            image_features = self.image_features(pixel_values)
+        if image_features is not None:
+            is_image = input_ids == self.config.image_token_id
+            places, features = int(is_image.sum()), image_features[..., 0].numel()
+            if places != features:
+                raise ValueError(f"input_ids have {places} image tokens for {features} image features")
+            embeddings = embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
+        return self.language_model(embeddings, cache)
 
     def logits(self, hidden):  # (..., D) -> (..., V), of the next token
         return self.lm_head(hidden)
@@ -636,8 +629,8 @@ def is_unused(name: str, config: LlavaConfig) -> bool:
 def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
     """Give a model on the meta device its weights: first all names and shapes are checked, then tensors are read."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    sources, seen, faults = {path: {} for path in weight_files(folder)}, set(), []
-    for path in sources:
+    found, faults = {}, []
+    for path in weight_files(folder):
         with open_weights(path) as file:
             for stored in file.keys():  # noqa: SIM118, the handle is not a dict
                 name, tensor = canonical_name(stored), file.get_slice(stored)
@@ -646,25 +639,24 @@ def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.d
                     continue
                 if kind not in ("F64", "F32", "F16", "BF16"):
                     raise CheckpointError(f"{path}: {stored} is {kind}: quantised; use the fp16, bf16 or fp32 original")
-                wrong = {"unexpected": name not in expected, "twice": name in seen}
+                wrong = {"unexpected": name not in expected, "twice": name in found}
                 wrong |= {f"not of shape {expected.get(name)}": shape != expected.get(name, shape)}
-                faults += [f"{what}: {stored} {shape}" for what, found in wrong.items() if found]
-                sources[path][name] = stored
-                seen.add(name)
+                faults += [f"{what}: {stored} {shape}" for what, is_wrong in wrong.items() if is_wrong]
+                found[name] = path, stored
     tied = model.config.text.tie_word_embeddings
-    missing = [name for name in expected if name not in seen and not (tied and name == "lm_head.weight")]
+    missing = [name for name in expected if name not in found and not (tied and name == "lm_head.weight")]
     if faults := faults + [f"missing: {name} {expected[name]}" for name in missing]:
         shown = faults[:30] + [f"and {len(faults) - 30} more"] * (len(faults) > 30)
         raise CheckpointError(f"{folder}: {len(faults)} tensors do not fit config.json\n  " + "\n  ".join(shown))
-    for path, names in sources.items():
-        file, size = open_weights(path), 0  # tensors are views of the mapped file: only what is converted is copied
-        for name, stored in names.items():
-            owner, _, attribute = name.rpartition(".")
-            tensor = file.get_tensor(stored).to(device=device, dtype=dtype)
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
-            if (size := size + tensor.nbytes) > 2**24:  # what was read counts as memory until the file is closed
-                file, size = open_weights(path), 0
-    if tied and "lm_head.weight" in seen:  # believe the file: a head unlike the embedding is not tied
+    opened, size = None, 0  # tensors are views of the mapped file: only what is converted is copied
+    for name, (path, stored) in found.items():
+        if path != opened or size > 2**24:  # what was read counts as memory until the file is closed
+            file, opened, size = open_weights(path), path, 0
+        tensor = file.get_tensor(stored).to(device=device, dtype=dtype)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+        size += tensor.nbytes
+    if tied and "lm_head.weight" in found:  # believe the file: a head unlike the embedding is not tied
         tied = torch.equal(model.lm_head.weight, model.language_model.embed_tokens.weight)
     model.config.text.tie_word_embeddings = tied
     if tied:
@@ -689,12 +681,11 @@ def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
             shards, room = [*shards, {}], max_shard_bytes
         shards[-1][name] = tensor.contiguous()
         room -= tensor.nbytes
-    if len(shards) == 1:
-        return save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
     weight_map, total = {}, sum(tensor.nbytes for tensor in tensors.values())
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -10,7 +10,6 @@ prompts + LoRA learn, everything else is frozen. A run folder holds config.json,
 checkpoints/; `python eval.py caption photo.jpg --model runs/mine` uses it.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,6 +17,8 @@ import os
 import shutil
 import sys
 import time
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from data import (
     CaptionDataset,
     Chunk,
     DataError,
+    Layout,
     ResumableSampler,
     Sample,
     collate,
@@ -77,16 +79,12 @@ class TrainConfig:
     model: str = setting("toy/tiny-llava", "folder of the LLaVA to fine-tune")
     data: str = setting("", "training data, JSON lines as in data.py (empty: the toy world, made if it is missing)")
     image_root: str = setting("", "where the training pictures are (empty: beside the data)")
-    tests: str = setting(
-        "", "tests.json for the tables before and after, as in eval.evaluate (empty: none, or the toy's)"
-    )
+    tests: str = setting("", "tables before and after: a tests.json as in eval.evaluate (empty: none, or the toy's)")
     out: str = setting("runs/toy", "run folder; a former run of train.py there is replaced, anything else left alone")
     steps: int = setting(150, "optimiser steps")
     batch_size: int = setting(128, "images in a batch, the negatives of one another")
     micro_batch: int = setting(32, "sequences of like length that go through the model together")
-    gradient_cache: bool = setting(
-        False, "hold the activations of one micro-batch at a time: exact, and about 1.4 times the work"
-    )
+    gradient_cache: bool = setting(False, "hold one micro-batch's activations at a time: exact, 1.4 times the work")
     checkpoint_layers: int = setting(0, "first layers whose activations are computed again instead of held")
     compile: bool = setting(False, "compile the language model's layers: a minute or two at the start, faster steps")
     caption_share: float = setting(0.25, "share of a batch whose long captions are trained on (paper: 1)")
@@ -124,9 +122,7 @@ class TrainConfig:
             "contrast must be short or long": self.contrast in ("short", "long"),
             "temperature must be at least 0.01": 0.01 <= self.temperature < math.inf,
             "clip must be positive": self.clip > 0,
-            "learning rates, weights and weight_decay must be finite and not negative": all(
-                0 <= rate < math.inf for rate in rates
-            ),
+            "learning rates, weights and weight_decay must lie in [0, inf)": all(0 <= x < math.inf for x in rates),
             "lora_rank, workers, save_every, warmup, seed and checkpoint_layers must not be negative": min(whole) >= 0,
             "one of the two losses needs a weight": self.contrastive_weight + self.ar_weight > 0,
             "without soft prompts and LoRA there is nothing to train": self.soft_prompts or self.lora_rank > 0,
@@ -152,37 +148,32 @@ def training_step(model: nn.Module, batch: Batch, log_scale: torch.Tensor, confi
 
     features: dict[int, torch.Tensor] = {}  # of each chunk's images: their layers are frozen, once a step is enough
 
-    def hidden_states(chunk: Chunk, input_ids: torch.Tensor) -> torch.Tensor:
+    def states(chunk: Chunk, end: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states up to `end`, (b, T, D), and those at the summary positions, (b, D)."""
         if chunk.pixel_values is not None and id(chunk) not in features:
             features[id(chunk)] = model.image_features(chunk.pixel_values.to(model.device))
-        return model(input_ids.to(model.device), image_features=features.get(id(chunk)))  # (b, T, D)
-
-    def summaries(chunk: Chunk, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden[torch.arange(len(hidden), device=model.device), chunk.summary.to(model.device)]
+        hidden = model(chunk.input_ids[:, :end].to(model.device), image_features=features.get(id(chunk)))
+        return hidden, hidden[torch.arange(len(hidden), device=model.device), chunk.summary.to(model.device)]
 
     def embed(chunk: Chunk) -> torch.Tensor:
         # What stands behind the summary does not matter, but dropout masks are drawn for whole sequences.
-        ids = chunk.input_ids if config.lora_rank and config.lora_dropout else chunk.prefix
-        return summaries(chunk, hidden_states(chunk, ids))
+        end = None if config.lora_rank and config.lora_dropout else int(chunk.summary.max()) + 1
+        return states(chunk, end)[1]
 
     def forward(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, share = hidden_states(chunk, chunk.input_ids), torch.zeros((), device=model.device)
-        if chunk.labels is not None and config.ar_weight:
-            labels = chunk.labels.to(model.device)
-            share = linear_cross_entropy(hidden, model.lm_head.weight, labels, batch.num_tokens)
-        return summaries(chunk, hidden), share
+        hidden, embeddings = states(chunk)
+        if chunk.labels is None or not config.ar_weight:
+            return embeddings, torch.zeros((), device=model.device)
+        labels = chunk.labels.to(model.device)
+        return embeddings, linear_cross_entropy(hidden, model.lm_head.weight, labels, batch.num_tokens)
 
     def contrast(embeddings: list[torch.Tensor]) -> torch.Tensor:
-        sides = embeddings[: len(batch.images)], embeddings[len(batch.images) :]
-        images, texts = (gather_with_gradient(in_order(*side)) for side in zip(sides, (batch.images, batch.texts)))
+        # Chunks were sorted by length: back into pairs. Images without a text carry pair -1 and come first.
+        pair = torch.cat([chunk.pair for chunk in chunks])
+        order = pair.argsort(stable=True)[len(pair) - 2 * batch.num_pairs :]  # image 0, text 0, image 1, text 1, ...
+        rows = torch.cat(list(embeddings))[order.to(model.device)]
+        images, texts = gather_with_gradient(rows[0::2]), gather_with_gradient(rows[1::2])
         return tiled_contrastive_loss(images, texts, log_scale.exp())
-
-    def in_order(embeddings: list[torch.Tensor], chunks: list[Chunk]) -> torch.Tensor:
-        """Chunks were sorted by length: the row of pair i goes to place i, (pairs, D)."""
-        rows, pair = torch.cat(list(embeddings)), torch.cat([chunk.pair for chunk in chunks]).to(model.device)
-        has_partner = pair >= 0
-        ordered = rows.new_zeros(batch.num_pairs, rows.shape[-1])
-        return ordered.index_copy(0, pair[has_partner], rows[has_partner])
 
     weights = contrastive_weight, config.ar_weight
     backward = backward_cached if config.gradient_cache else backward_whole
@@ -201,13 +192,11 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 def make_optimizer(model: nn.Module, log_scale: nn.Parameter, config: TrainConfig) -> torch.optim.AdamW:
     named = trainable_parameters(model)
+    lora = [parameter for name, parameter in named.items() if ".lora_" in name]
+    soft = [parameter for name, parameter in named.items() if ".lora_" not in name]
     groups = [
-        {
-            "params": [p for n, p in named.items() if ".lora_" in n],
-            "lr": config.lr,
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for n, p in named.items() if ".lora_" not in n], "lr": config.soft_lr, "weight_decay": 0.0},
+        {"params": lora, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": soft, "lr": config.soft_lr, "weight_decay": 0.0},
         {"params": [log_scale], "lr": config.temperature_lr, "weight_decay": 0.0},
     ]
     for group in groups:
@@ -215,8 +204,11 @@ def make_optimizer(model: nn.Module, log_scale: nn.Parameter, config: TrainConfi
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98))
 
 
-def length_multiple(config: TrainConfig, device: torch.device) -> int:
-    return 32 if device.type == "cuda" or config.compile else 1
+def collate_for(config: TrainConfig, layout: Layout, device: torch.device) -> Callable:
+    """`collate` with these settings. GPUs and compiled layers like few and round lengths."""
+    share = config.caption_share if config.ar_weight else 0.0
+    multiple = 32 if device.type == "cuda" or config.compile else 1
+    return partial(collate, layout=layout, micro_batch=config.micro_batch, caption_share=share, multiple=multiple)
 
 
 def memory_estimate(
@@ -244,25 +236,22 @@ def memory_estimate(
     token += layer if checkpointed else 0
 
     captions = [dataset.captions(dataset.record(index)) for index in range(min(config.batch_size, len(dataset)))]
-    pick = lambda kind: kind[0] if kind else None  # noqa: E731
-    samples = [Sample(torch.zeros(1), pick(short), pick(long)) for short, long in captions]  # no picture is read
-    share, multiple = config.caption_share if config.ar_weight else 0.0, length_multiple(config, device)
-    batch = collate(samples, layout, config.micro_batch, share, multiple)
+    no_picture = torch.zeros(1)
+    samples = [Sample(no_picture, next(iter(short), None), next(iter(long), None)) for short, long in captions]
+    batch = collate_for(config, layout, device)(samples)
     chunks = [chunk.input_ids for chunk in batch.images + (batch.texts if config.contrastive_weight else [])]
     tokens = max(chunk.numel() for chunk in chunks)
     if not config.gradient_cache:
         tokens = sum(chunk.numel() for chunk in chunks) * config.batch_size / len(samples)
-    sequence = max(chunk.shape[1] for chunk in chunks)
-    features = config.batch_size * llava.num_image_tokens * t.hidden_size
     rows = min(max(256, 2**27 // (4 * t.vocab_size)), batch.num_tokens)
     parts = {
         "weights": (total - trainable) * bytes_per_number,
         "adapters, their gradients and AdamW": trainable * 16,
         "activations": tokens * token * bytes_per_number,
-        "image features": features * bytes_per_number,
+        "image features": config.batch_size * llava.num_image_tokens * t.hidden_size * bytes_per_number,
         "logits": rows * t.vocab_size * 8,
+        "a sequence": max(chunk.shape[1] for chunk in chunks) * token * bytes_per_number,
     }
-    parts["a sequence"] = sequence * token * bytes_per_number
     return {name: size / 1e9 for name, size in parts.items()}
 
 
@@ -301,11 +290,7 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     units = dataset.units if config.groups else range(len(dataset))
     sampler = ResumableSampler(units, config.batch_size, config.steps, config.seed)
-    lay_out = partial(
-        collate, layout=run.layout, micro_batch=config.micro_batch,
-        caption_share=config.caption_share if config.ar_weight else 0.0,
-        multiple=length_multiple(config, device),
-    )  # fmt: skip
+    lay_out = collate_for(config, run.layout, device)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=lay_out, num_workers=config.workers)
     skipped, started = [], time.perf_counter()
     with open(out / "log.jsonl", "w", buffering=1) as log, tqdm(loader, desc="training", unit="step") as progress:
@@ -374,13 +359,11 @@ def add_adapters(run: Run, config: TrainConfig) -> None:
 
 # ---- The job: table, training, table
 
-
 RUN_FILES = ("config.json", "log.jsonl", "results.json", "retrieval.png", "checkpoints")
 
 
-def check_run_folder(config: TrainConfig) -> None:
+def check_run_folder(out: Path) -> None:
     """Before anything is computed: may --out be written, without touching what is not a run's?"""
-    out = Path(config.out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise DataError(f"--out {out}: is not a folder")
     foreign = sorted(path.name for path in out.glob("*") if path.name not in RUN_FILES)
@@ -389,9 +372,8 @@ def check_run_folder(config: TrainConfig) -> None:
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
-def start_run_folder(config: TrainConfig) -> Path:
+def start_run_folder(out: Path, config: TrainConfig) -> None:
     """Remove a former run's files and write config.json."""
-    out = Path(config.out)
     for name in RUN_FILES[:-1]:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints")
@@ -399,7 +381,6 @@ def start_run_folder(config: TrainConfig) -> Path:
     model = config.model if config.model == TrainConfig.model else str(Path(config.model).resolve())
     settings = dataclasses.asdict(config) | {"model": model}
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return out
 
 
 def toy_world(config: TrainConfig):
@@ -414,45 +395,27 @@ def toy_world(config: TrainConfig):
     return world.score_captions
 
 
-def nearest_pictures(
-    embeddings: Embeddings, tests: Path, queries: int = 4
-) -> list[tuple[str, list[tuple[Path, bool]]]]:
-    """For a few captions of the retrieval test the five nearest pictures, and whether each is the right one."""
-    test = json.loads(tests.read_text())["retrieval"]
-    items = read_karpathy(
-        tests.parent / test["file"], tests.parent / test.get("images", "."), test.get("split", "test")
-    )
-    paths, rows = [path for path, _ in items], []
-    images = embeddings.images(paths)
-    for path, captions in [item for item in items if item[1]][:queries]:
-        nearest = (images @ embeddings.texts(captions[:1])[0]).topk(min(5, len(paths))).indices.tolist()
-        rows.append((captions[0], [(paths[index], paths[index] == path) for index in nearest]))
-    return rows
-
-
-def measure(run: Run, config: TrainConfig, score) -> tuple[dict, list]:
-    """The tables of --tests, and what a few queries find."""
+def measure(run: Run, config: TrainConfig, score) -> tuple[dict, list[tuple[str, list[tuple[Path, bool]]]]]:
+    """The tables of --tests; for four captions of its retrieval test the five nearest pictures, and which are right."""
     if not config.tests:
         return {}, []
-    embeddings = Embeddings(run)
-    tables = evaluate(embeddings, Path(config.tests), score)
-    return tables, nearest_pictures(embeddings, Path(config.tests)) if "retrieval" in tables else []
-
-
-def main(arguments: list[str] | None = None) -> None:
-    config = parse_arguments(arguments)
-    try:
-        config.check()
-        job(config)
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    embeddings, tests, found = Embeddings(run), Path(config.tests), []
+    tables = evaluate(embeddings, tests, score)
+    if "retrieval" in tables:
+        test = {"images": ".", "split": "test"} | json.loads(tests.read_text())["retrieval"]
+        items = read_karpathy(tests.parent / test["file"], tests.parent / test["images"], test["split"])
+        paths = [path for path, _ in items]
+        images = embeddings.images(paths)
+        for path, captions in [item for item in items if item[1]][:4]:
+            nearest = (images @ embeddings.texts(captions[:1])[0]).topk(min(5, len(paths))).indices.tolist()
+            found.append((captions[0], [(paths[index], paths[index] == path) for index in nearest]))
+    return tables, found
 
 
 def job(config: TrainConfig) -> None:
     started = time.perf_counter()
-    check_run_folder(config)
+    out = Path(config.out)
+    check_run_folder(out)
     score = None if config.data else toy_world(config)
     prompts = config.image_prompt, config.text_prompt
     _, llava, layout, processor = inspect_base(config.model, *prompts)
@@ -465,9 +428,7 @@ def job(config: TrainConfig) -> None:
             "on MPS dropout masks cannot be drawn again: use --checkpoint_layers or --lora_dropout, not both"
         )
     if run.model.dtype == torch.float16:
-        raise DataError(
-            "this GPU has no bf16, and training in fp16 is not implemented; use another one, or --device cpu"
-        )
+        raise DataError("this GPU has no bf16, and fp16 is not implemented for training; use another or --device cpu")
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{config.model}: {count / 1e6:.1f} M parameters on {run.model.device} in {str(run.model.dtype)[6:]}")
     before, found_before = measure(run, config, score)
@@ -482,7 +443,7 @@ def job(config: TrainConfig) -> None:
     print(f"{trainable:,} new parameters to train ({share:.1f} %), {len(dataset):,} images in {config.data}")
     for reason, number in dataset.faults.items():
         print(f"  {number} lines left out: {reason}")
-    out = start_run_folder(config)
+    start_run_folder(out, config)
     train(run, config, dataset, out)
 
     after, found_after = measure(run, config, score)
@@ -502,17 +463,20 @@ def job(config: TrainConfig) -> None:
     print(f"  python eval.py caption {picture or 'IMAGE'} --model {out}\n  python train.py --help")
 
 
-def parse_arguments(arguments: list[str] | None) -> TrainConfig:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(TrainConfig):
         text = f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%")
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
-        else:
-            parser.add_argument(f"--{f.name}", type=f.type, default=f.default, metavar=f.type.__name__, help=text)
-    return TrainConfig(**vars(parser.parse_args(arguments)))
+        kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
+    config = TrainConfig(**vars(parser.parse_args(arguments)))
+    try:
+        config.check()
+        job(config)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

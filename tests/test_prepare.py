@@ -242,9 +242,9 @@ def test_a_part_that_is_none(tmp_path, images):
     good = {"image": "a.jpg", "captions": ["a red square"]}
     parts = [[0, len(picture())], [5], [0, -1], ["0", 1], [7, 40]]
     lines = [json.dumps(good | {"part": part}) for part in parts]
-    path = write(tmp_path, "train.jsonl", "\n".join(lines))
+    path = write(tmp_path, "train.jsonl", "\n".join(lines + [json.dumps(good)] * 300))
     layout, processor = Layout(TextTokenizer(TOY_MODEL), 16), ImageProcessor.from_pretrained(TOY_MODEL)
-    dataset = CaptionDataset(path, layout, processor, image_root=images, tolerance=0.9)
-    assert len(dataset) == 2 and dataset.faults == {'"part" is not [offset, bytes]': 3}
+    dataset = CaptionDataset(path, layout, processor, image_root=images)
+    assert len(dataset) == 302 and dataset.faults == {'"part" is not [offset, bytes]': 3}
     assert dataset[0, 0].short == "a red square"
     assert "bytes from 7: not a JPEG" in dataset[1, 0]
