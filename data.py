@@ -12,7 +12,7 @@ Every caption is routed by its length, whatever its key ("captions" is another):
 contrastive loss, from 30 to 500 the autoregressive loss (as in the paper), and a longer one is cut behind a sentence
 (ours). Records that share a value under the optional key "group" stay neighbours, so that (but for a batch's border)
 they are each other's hard negatives. A picture may also be a "part" of a larger file, [offset, bytes]. Other people's
-files become such lines with `python -m examples.prepare convert`.
+files become such lines with `python data.py convert`, and `python data.py stats` tells what training makes of them.
 
 Everything read here is data from strangers: captions cannot inject special tokens, paths cannot leave their root, and
 what is broken is refused with a DataError or counted by reason, never skipped in silence.
@@ -25,7 +25,7 @@ import json
 import math
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -550,15 +550,55 @@ def fields_of(path: str | Path) -> Iterator[None]:
         raise DataError(f"{path}: not in the expected format ({type(error).__name__}: {error})") from None
 
 
-def read_karpathy(path: str | Path, image_root: str | Path, split: str = "test") -> list[tuple[Path, list[str]]]:
-    """dataset_flickr30k.json, dataset_coco.json -> (image, captions) of one split."""
+def pictures_in(folder: str | Path) -> list[Path]:
+    """The pictures in a folder and in the folders below it, by their names' endings, in order."""
+    endings = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings and path.is_file())
+
+
+def read_retrieval(
+    path: str | Path, image_root: str | Path, split: str = "test", most: int | None = None
+) -> list[tuple[Path, list[str]]]:
+    """(image, its captions), at most `most` of them, from Karpathy's JSON (one split of it), from COCO's and nocaps'
+    (annotations in any order), or from BLIP's. An image without captions stays: one more to be mistaken."""
+    content, captions = read_json(path, (dict, list)), defaultdict(list)
     with fields_of(path):
-        images = [image for image in read_json(path)["images"] if image["split"] == split]
-        if not images:
-            raise DataError(f"{path}: no images of split {split!r}")
-        names = [str(Path(image.get("filepath", "")) / image["filename"]) for image in images]
-        captions = [[sentence["raw"].strip() for sentence in image["sentences"]] for image in images]
-    return [(inside(Path(image_root), name), texts) for name, texts in zip(names, captions)]
+        if isinstance(content, list):
+            items = [(item["image"], item["caption"]) for item in content]
+        elif "annotations" in content:
+            for annotation in content["annotations"]:
+                captions[annotation["image_id"]].append(annotation["caption"])
+            items = [(image["file_name"], captions[image["id"]]) for image in content["images"]]
+        else:
+            chosen = [image for image in content["images"] if image["split"] == split]
+            names = [str(Path(image.get("filepath", "")) / image["filename"]) for image in chosen]
+            items = [(name, [each["raw"] for each in image["sentences"]]) for name, image in zip(names, chosen)]
+        items = [(name, [texts] if isinstance(texts, str) else texts) for name, texts in items]
+        if not any(texts for _, texts in items):
+            raise DataError(f"{path}: no captions of images (of split {split!r}, if it has splits)")
+        return [(inside(Path(image_root), name), [text.strip() for text in texts[:most]]) for name, texts in items]
+
+
+def read_imagenet(root: str | Path, names: str | Path | None = None) -> tuple[list[tuple[Path, int]], list[str]]:
+    """A folder a class -> (image, class) and the classes' names, in the folders' sorted order.
+
+    `names` is a text file with a name a line or a JSON list, in that order; or a JSON object from folders to names, or
+    from anything to [folder, name]. Without it, the folders' names are the classes'."""
+    root = Path(root)
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    classes = [folder.replace("_", " ") for folder in folders]
+    if names and Path(names).suffix == ".json":
+        with fields_of(names):
+            content = read_json(names, (dict, list))
+            if isinstance(content, dict):
+                pairs = [value if isinstance(value, list) else (key, value) for key, value in content.items()]
+                content = list(map(dict(pairs).__getitem__, folders))
+            classes = [name.replace("_", " ").strip() for name in content]
+    elif names:
+        classes = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not folders or len(classes) != len(folders):
+        raise DataError(f"{names or root}: {len(classes)} class names for the {len(folders)} folders of {root}")
+    return [(path, index) for index, folder in enumerate(folders) for path in pictures_in(root / folder)], classes
 
 
 def read_sugarcrepe(path: str | Path, image_root: str | Path, captions: tuple[str, ...]) -> list[dict]:
@@ -589,3 +629,9 @@ def read_winoground(path: str | Path, image_root: str | Path) -> list[dict]:
             | {key: inside(Path(image_root), item[key] + ".png") for key in ("image_0", "image_1")}
             for item in items
         ]
+
+
+if __name__ == "__main__":  # convert and stats; nothing here needs them
+    from examples.prepare import main
+
+    main()

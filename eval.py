@@ -1,16 +1,19 @@
-"""Use and test a model: captions, conversations, embeddings, the paper's tables.
+"""Use and test a model: captions, conversations, embeddings, search, the paper's tables.
 
     python eval.py caption photo.jpg                          what the picture shows, in the model's words
     python eval.py caption *.jpg --question "What colour is the car?" --model llava-1.5-7b-hf
     python eval.py chat photo.jpg                             a conversation about one picture
+    python eval.py search --images photos "a red car"         ranks the pictures of a folder, draws the best
+    python eval.py match photo.jpg "a red car" "a blue car"   which caption fits best
+    python eval.py embed photos.npy photos                    embeddings of pictures or lines of text, in a file
     python eval.py retrieval dataset_flickr30k.json --images flickr30k-images
     python eval.py sugarcrepe sugar-crepe/data --images val2017
     python eval.py sugarcrepe++ scpp/data --images val2017
     python eval.py winoground examples.jsonl --images winoground/images
+    python eval.py imagenet val --classes names.txt
     python eval.py captioning captions.jsonl
 
-`--model` is a Hugging Face LLaVA folder, or a run of train.py with its adapters (`--no-adapters` for its base model).
-In Python:
+`--model` is a Hugging Face LLaVA folder, or a run of train.py with its adapters. In Python:
 
     run = load_run("runs/toy")
     images = encode_image(run, [open_image("photo.jpg")])     # (1, D), unit length
@@ -18,18 +21,23 @@ In Python:
     print(images @ texts.T)                                   # cosine similarities
 """
 
-import argparse
+import hashlib
 import json
+import math
+import os
 import re
-import sys
+from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import (
@@ -41,12 +49,13 @@ from data import (
     TextTokenizer,
     collate,
     open_image,
+    read_imagenet,
     read_json,
-    read_karpathy,
+    read_retrieval,
     read_sugarcrepe,
     read_winoground,
 )
-from lora import AdapterError, SoftPrompt, adapters, adapters_disabled, load_adapter
+from lora import AdapterError, SoftPrompt, adapters, load_adapter
 from model import CheckpointError, Llava, LlavaConfig
 
 ROOT = Path(__file__).parent
@@ -73,7 +82,8 @@ class Run:
 
     def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
         """RGB images -> (B, 3, height, width) on the model's device."""
-        return torch.stack([self.processor(image) for image in images]).to(self.model.device, self.model.dtype)
+        with ThreadPoolExecutor() as threads:
+            return torch.stack(list(threads.map(self.processor, images))).to(self.model.device, self.model.dtype)
 
 
 def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
@@ -90,12 +100,17 @@ def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read a Hugging Face LLaVA folder, or a run folder of train.py: its base model with its newest adapters. Raises
-    CheckpointError, DataError or AdapterError."""
+def load_run(folder: str | Path, device: str | None = None, *prompts: str) -> Run:
+    """Read a Hugging Face LLaVA folder, to be used with the paper's prompts or others (the image's, the text's), or a
+    run folder of train.py: its base model with its newest adapters, and the prompts that they were trained with.
+
+    Raises CheckpointError, DataError or AdapterError.
+    """
     folder = Path(folder)
     if not (folder / "checkpoints").is_dir():
-        return load_base(folder, device)
+        return load_base(folder, device, *prompts)
+    if prompts:
+        raise DataError(f"{folder}: a run keeps the prompts it was trained with; others are for LLaVA folders")
     settings = read_json(folder / "config.json")
     base, *prompts = (settings.get(key) for key in ("model", "image_prompt", "text_prompt"))
     newest = (folder / "checkpoints" / "latest").read_bytes().decode("ascii", "replace").strip()
@@ -166,27 +181,85 @@ def encode(run: Run, rows: list[list[int]], images: list[Image.Image] | None, ba
 
 
 class Embeddings:
-    """Embeddings of files and captions, each distinct one computed once."""
+    """Embeddings of pictures and captions, each distinct one computed once: distinct by the content of a file, or the
+    words. In a `folder` they are kept, as they are computed, for the same model's next tables: what was interrupted
+    goes on, what was computed takes seconds."""
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.known: dict[Path | str, torch.Tensor] = {}
+    def __init__(self, run: Run, folder: str | Path | None = None):
+        self.run, self.folder, self.index = run, None, Path(folder or ".") / "files.json"
+        self.known: dict[bytes, torch.Tensor] = {}
+        self.files: dict[str, list] = {}  # of each path its size, time and content's digest
+        if folder is None:
+            return
+        self.folder = Path(folder) / fingerprint(run)
+        self.files = read_json(self.index) if self.index.exists() else {}
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                part = load_file(path)
+                self.known.update(zip(map(bytes, part["keys"].numpy()), part["vectors"]))
+            except (SafetensorError, OSError, KeyError) as error:
+                raise DataError(f"{path}: damaged ({error}); delete it, its embeddings are computed again") from None
 
     def images(self, paths: list[Path]) -> torch.Tensor:
-        return self.look_up(paths, 64, "pictures", lambda part: encode_image(self.run, [open_image(p) for p in part]))
+        """Paths of pictures -> (pictures, D)."""
+        before = dict(self.files)
+        keys = [self.digest(path) for path in tqdm(paths, desc="looking at pictures", delay=2, leave=False)]
+        if self.folder and self.files != before:
+            write_atomically(self.index, lambda path: path.write_text(json.dumps(self.files)))
+        return self.look_up(keys, paths, 64, "pictures", open_image, encode_image)
 
     def texts(self, captions: list[str]) -> torch.Tensor:
-        return self.look_up(captions, 2048, "captions", lambda part: encode_text(self.run, part))
+        """Strings -> (captions, D)."""
+        keys = [hashlib.sha256(b"text " + text.encode("utf-8", "replace")).digest() for text in captions]
+        return self.look_up(keys, captions, 2048, "captions", str, encode_text)
 
-    def look_up(self, keys: list, size: int, name: str, encode: Callable[[list], torch.Tensor]) -> torch.Tensor:
-        new = list(dict.fromkeys(key for key in keys if key not in self.known))
+    def digest(self, path: Path) -> bytes:
+        """SHA-256 of a file, which is read again only when its size or time has changed."""
+        try:
+            stat = path.stat()
+            if self.files.get(str(path), [])[:2] != [stat.st_size, stat.st_mtime_ns]:
+                digest = hashlib.sha256()
+                with open(path, "rb") as file:
+                    while block := file.read(2**20):
+                        digest.update(block)
+                self.files[str(path)] = [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+        except OSError as error:
+            raise DataError(f"{path}: no such image ({error.strerror})") from None
+        return bytes.fromhex(self.files[str(path)][2])
+
+    def look_up(self, keys: list[bytes], items: list, size: int, name: str, load: Callable, encode: Callable):
+        """A row for each item, whose key says what is the same; what is new is loaded and encoded, `size` at a time."""
+        new = list({key: item for key, item in zip(keys, items) if key not in self.known}.items())
         for start in tqdm(range(0, len(new), size), desc=f"embedding {len(new)} {name}", delay=2, leave=False):
-            part = new[start : start + size]
-            vectors = encode(part)
+            part = dict(new[start : start + size])
+            with ThreadPoolExecutor() as threads:
+                vectors = encode(self.run, list(threads.map(load, part.values())))
             if not vectors.isfinite().all():
                 raise DataError(f"embeddings of {name} are not finite; the model has diverged, or overflows in fp16")
             self.known.update(zip(part, vectors))
+            if self.folder:
+                digests = torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8).view(len(part), -1)
+                path = self.folder / f"{next(iter(part)).hex()}.safetensors"
+                write_atomically(path, partial(save_file, {"keys": digests, "vectors": vectors}))
         return torch.stack([self.known[key] for key in keys])
+
+
+def fingerprint(run: Run) -> str:
+    """Names what an embedding depends on besides its input: every tensor, the prompts, the preparation of pixels."""
+    p, layout = run.processor, run.layout
+    digest = hashlib.sha256(repr([layout.image_side(), layout.text_side(""), run.is_adapted]).encode())
+    digest.update(repr([p.size, p.resized, p.resample, p.table.tolist()]).encode())
+    for name, tensor in run.model.state_dict().items():
+        bits = tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bits.sum(dtype=torch.int64)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
 
 
 # ---- Metrics, all in percent. A tie never counts as a success: equal embeddings must not score by luck.
@@ -198,9 +271,9 @@ def recall_at_k(scores: torch.Tensor, image_of_text: torch.Tensor, ks=(1, 5, 10)
     image is among the k best of all images, "i2t_r1", ...: images with a text among the k best of all texts."""
     own = scores.gather(1, image_of_text[:, None])  # (texts, 1)
     t2i_rank = (scores >= own).sum(dim=1) - 1
-    is_own = image_of_text[:, None] == torch.arange(scores.shape[1])
-    best_own = scores.masked_fill(~is_own, -torch.inf).amax(dim=0)  # (images,)
-    i2t_rank = ((scores >= best_own) & ~is_own).sum(dim=0)
+    best = scores.new_full((scores.shape[1],), -torch.inf).scatter_reduce(0, image_of_text, own[:, 0], "amax")
+    as_good = torch.zeros_like(best).index_add(0, image_of_text, (own[:, 0] == best[image_of_text]).to(best.dtype))
+    i2t_rank = ((scores >= best).sum(dim=0) - as_good)[best > -torch.inf]  # of images that have a text
     ranks = {"t2i": t2i_rank, "i2t": i2t_rank}
     return {f"{way}_r{k}": percent(rank < k) for way, rank in ranks.items() for k in ks}
 
@@ -211,29 +284,35 @@ def percent(correct: torch.Tensor) -> float:
 
 
 def retrieval(embeddings: Embeddings, items: list[tuple[Path, list[str]]]) -> dict[str, float]:
-    """Flickr30k, COCO: `items` are (image, its captions); all images and all captions compete."""
+    """Flickr30k, COCO, nocaps: `items` are (image, its captions); all images and all captions compete."""
     images = embeddings.images([path for path, _ in items])
     texts = embeddings.texts([text for _, captions in items for text in captions])
     image_of_text = torch.tensor([index for index, (_, captions) in enumerate(items) for _ in captions])
     return recall_at_k(texts @ images.T, image_of_text)
 
 
-def sugarcrepe(embeddings: Embeddings, items: list[dict]) -> float:
-    """One file of SugarCrepe (arXiv 2306.14610): the caption must beat its negative, strictly."""
-    images = embeddings.images([item["image"] for item in items])
-    right, wrong = ((images * embeddings.texts([item[key] for item in items])).sum(-1) for key in PAIR)
-    return percent(right > wrong)
+def sugarcrepe(embeddings: Embeddings, files: dict[str, list[dict]]) -> dict[str, float]:
+    """SugarCrepe (arXiv 2306.14610), the items of each file: the caption must beat its negative, strictly."""
+    result = {}
+    for kind, items in files.items():
+        images = embeddings.images([item["image"] for item in items])
+        right, wrong = ((images * embeddings.texts([item[key] for item in items])).sum(-1) for key in PAIR)
+        result[kind] = percent(right > wrong)
+    return result
 
 
-def sugarcrepe_pp(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
-    """One file of SugarCrepe++ (arXiv 2406.11171). itt: for the image, both captions must beat the negative. tot: by
-    text alone, the two captions must be nearer to each other than either is to the negative."""
-    image = embeddings.images([item["image"] for item in items])
-    first, second, negative = (embeddings.texts([item[key] for item in items]) for key in TRIPLE)
-    wrong, pair = (image * negative).sum(-1), (first * second).sum(-1)
-    itt = ((image * first).sum(-1) > wrong) & ((image * second).sum(-1) > wrong)
-    tot = (pair > (first * negative).sum(-1)) & (pair > (second * negative).sum(-1))
-    return {"itt": percent(itt), "tot": percent(tot)}
+def sugarcrepe_pp(embeddings: Embeddings, files: dict[str, list[dict]]) -> dict[str, float]:
+    """SugarCrepe++ (arXiv 2406.11171). itt: for the image, both captions must beat the negative. tot: by text alone,
+    the two captions must be nearer to each other than either is to the negative."""
+    result = {}
+    for kind, items in files.items():
+        image = embeddings.images([item["image"] for item in items])
+        first, second, negative = (embeddings.texts([item[key] for item in items]) for key in TRIPLE)
+        wrong, pair = (image * negative).sum(-1), (first * second).sum(-1)
+        itt = ((image * first).sum(-1) > wrong) & ((image * second).sum(-1) > wrong)
+        tot = (pair > (first * negative).sum(-1)) & (pair > (second * negative).sum(-1))
+        result |= {f"{kind}_itt": percent(itt), f"{kind}_tot": percent(tot)}
+    return result
 
 
 def winoground(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
@@ -244,6 +323,48 @@ def winoground(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
     text = (s[0][0] > s[1][0]) & (s[1][1] > s[0][1])
     image = (s[0][0] > s[0][1]) & (s[1][1] > s[1][0])
     return {"text": percent(text), "image": percent(image), "group": percent(text & image)}
+
+
+def imagenet(embeddings: Embeddings, items: tuple, templates: list[str] | None = None) -> dict[str, float]:
+    """Zero-shot classification, as CLIP (arXiv 2103.00020) is tested: a class is the mean of its name's embeddings in
+    all templates (CLIP's 80, if none are given). `items` are a list of (image, class) and the classes' names; classes
+    of one name (ImageNet has some) count as one."""
+    (pictures, names), classes = items, []
+    templates = templates or (ROOT / "docs" / "imagenet_templates.txt").read_text().splitlines()
+    for start in range(0, len(names), 25):  # of 1,000 classes, 80,000 texts
+        part = [template.replace("{}", name) for name in names[start : start + 25] for template in templates]
+        classes.append(embeddings.texts(part).unflatten(0, (-1, len(templates))).mean(dim=1))
+    classes, label = F.normalize(torch.cat(classes), dim=-1), torch.tensor([index for _, index in pictures])
+    scores = embeddings.images([path for path, _ in pictures]) @ classes.T  # (images, classes)
+    namesakes = torch.tensor([[name == other for other in names] for name in names])[label]
+    rank = ((scores >= scores.gather(1, label[:, None])) & ~namesakes).sum(dim=1)
+    return {f"top{k}": percent(rank < k) for k in (1, 5)}
+
+
+def cider_d(generated: list[str], references: list[list[str]]) -> dict[str, float]:
+    """CIDEr-D (arXiv 1411.5726) in the usual percent: agreement in the n-grams, n = 1 to 4, that few images share.
+
+    As in the authors' code, but that words are runs of letters, digits and apostrophes (theirs: Stanford's tokenizer).
+    """
+
+    def grams(text: str, n: int) -> Counter:
+        words = re.findall(r"[\w']+", text.lower())
+        return Counter(zip(*(words[i:] for i in range(n))))
+
+    def agreement(guess: str, reference: str, n: int, weight: dict) -> float:
+        a, b = grams(guess, n), grams(reference, n)
+        squares = [sum((count * weight.get(gram, rarest)) ** 2 for gram, count in each.items()) for each in (a, b)]
+        common = sum(min(a[gram], count) * count * weight[gram] ** 2 for gram, count in b.items())
+        longer = grams(guess, 2).total() - grams(reference, 2).total()  # in pairs of words, as in the authors' code
+        return math.exp(-(longer**2) / (2 * 6.0**2)) * common / math.sqrt(math.prod(squares) or 1.0)
+
+    total, rarest = 0.0, math.log(len(references))
+    for n in range(1, 5):
+        images_with = Counter(gram for texts in references for gram in set().union(*(grams(t, n) for t in texts)))
+        weight = {gram: rarest - math.log(count) for gram, count in images_with.items()}
+        for guess, texts in zip(generated, references, strict=True):
+            total += sum(agreement(guess, text, n, weight) for text in texts) / len(texts)
+    return {"cider_d": 100 * 10 * total / 4 / len(generated)}
 
 
 # ---- Captions
@@ -274,73 +395,73 @@ def captioning(
     run: Run, path: Path, images: Path, question: str | None = None, limit: int = 256, score: Callable | None = None
 ) -> dict[str, float]:
     """Of the first `limit` records, the share of the long captions' tokens that are the likeliest, given the image and
-    all tokens before. `score(generated, references)` may add measures of greedy captions."""
+    all tokens before. `score(generated, references)` may add measures of greedy captions; all there is for files in
+    retrieval's formats (.json), whose captions are short."""
     layout = run.layout if question is None and run.is_adapted else run.layout.with_image_prompt(question or DESCRIBE)
-    dataset = CaptionDataset(path, layout, run.processor, images)
-    samples = [dataset[index, 0] for index in range(min(limit, len(dataset)))]
-    batch = collate(samples, layout, micro_batch=32)
-    if batch.skipped or not batch.num_tokens:
-        raise DataError(f"{path}: {(batch.skipped or ['no long captions'])[0]}")
-    right = 0
-    for chunk in batch.images:
-        chunk = chunk.to(run.model.device)
-        hidden = run.model(chunk.input_ids, chunk.pixel_values)
-        known = chunk.labels != IGNORE
-        right += (run.model.logits(hidden[known]).argmax(-1) == chunk.labels[known]).sum().item()
-    result = {"token_accuracy": 100 * right / batch.num_tokens}
+    result = {}
+    if path.suffix == ".json":
+        items = [item for item in read_retrieval(path, images) if item[1]][:limit]
+        pixels = [run.processor(open_image(image)) for image, _ in items]
+        references = [captions for _, captions in items]
+    else:
+        dataset = CaptionDataset(path, layout, run.processor, images)
+        samples = [dataset[index, 0] for index in range(min(limit, len(dataset)))]
+        batch = collate(samples, layout, micro_batch=32)
+        if batch.skipped or not batch.num_tokens:
+            raise DataError(f"{path}: {(batch.skipped or ['no long captions'])[0]}")
+        right = 0
+        for chunk in batch.images:
+            chunk = chunk.to(run.model.device)
+            hidden = run.model(chunk.input_ids, chunk.pixel_values)
+            known = chunk.labels != IGNORE
+            right += (run.model.logits(hidden[known]).argmax(-1) == chunk.labels[known]).sum().item()
+        result["token_accuracy"] = 100 * right / batch.num_tokens
+        pixels = [sample.pixel_values for sample in samples if sample.long]
+        references = [[run.tokenizer.decode(sample.long)] for sample in samples if sample.long]
     if score:
-        pixels = torch.stack([sample.pixel_values for sample in samples]).to(run.model.device, run.model.dtype)
-        answers = run.model.generate([layout.image_side()] * len(samples), pixels, max_new_tokens=128)
-        references = [run.tokenizer.decode(sample.long) for sample in samples]
-        result |= score([run.tokenizer.decode(answer) for answer in answers], references)
+        generated = []
+        for start in tqdm(range(0, len(pixels), 64), desc="captioning", delay=2, leave=False):
+            part = torch.stack(pixels[start : start + 64]).to(run.model.device, run.model.dtype)
+            answers = run.model.generate([layout.image_side()] * len(part), part, max_new_tokens=128)
+            generated += [run.tokenizer.decode(answer) for answer in answers]
+        result |= score(generated, references)
     return result
-
-
-class Conversation:
-    """Questions and answers about one image. What was said stays in the key-value cache and is not computed again."""
-
-    def __init__(self, run: Run, image: Image.Image, max_new_tokens: int = 256):
-        self.run, self.image, self.max_new_tokens = run, image, max_new_tokens
-        self.ids: list[int] = []
-        self.cache = run.model.new_cache(1)
-
-    def ask(self, question: str) -> str:
-        layout, first = self.run.layout, not self.ids
-        ids = self.ids + (layout.question(question) if first else layout.next_question(question))
-        pixels = self.run.pixel_values([self.image]) if first else None
-        room = room_for_answer(self.run, ids, self.max_new_tokens)
-        answer = self.run.model.generate([ids], pixels, room, cache=self.cache)[0]
-        self.ids = ids + answer
-        return self.run.tokenizer.decode(answer)
 
 
 # ---- A set of tests, and how its results are shown
 
-TESTS = ("retrieval", "sugarcrepe", "sugarcrepe++", "winoground", "captioning")
+TESTS = {
+    "retrieval": retrieval,
+    "sugarcrepe": sugarcrepe,
+    "sugarcrepe++": sugarcrepe_pp,
+    "winoground": winoground,
+    "imagenet": imagenet,
+}
 SUGARCREPE = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
-PAIR = ("caption", "negative_caption")  # SugarCrepe's fields
-TRIPLE = ("caption", "caption2", "negative_caption")  # SugarCrepe++'s
-PAPER_TABLE_4 = {  # LLaVA-1.5-7B, 1 M samples: T2I R@1, I2T R@1 (Flickr30k), SugarCrepe replace, swap, add
-    "no training": (59.6, 65.6, 81.9, 59.8, 64.7),
-    "soft prompts": (76.7, 91.7, 86.4, 66.9, 89.3),
-    "LoRA": (79.1, 91.4, 87.0, 69.8, 88.8),
-    "LoRA + soft prompts": (79.6, 92.9, 87.1, 72.0, 88.6),
-    "LoRA + soft prompts + AR": (80.6, 91.8, 89.5, 75.5, 89.5),
+PAIR, TRIPLE = ("caption", "negative_caption"), ("caption", "caption2", "negative_caption")  # SugarCrepe's, and ++'s
+SIZES = {  # of the published test sets: images and captions, items a file, items, images and classes
+    "retrieval": {(1000, 5000): "Flickr30k", (5000, 25010): "COCO", (5000, 25000): "COCO", (4500, 45000): "nocaps"},
+    "sugarcrepe": {(1652, 788, 1406, 245, 666, 2062, 692): "SugarCrepe"},
+    "sugarcrepe++": {(1652, 788, 1406, 245, 666): "SugarCrepe++"},
+    "winoground": {(400,): "Winoground"},
+    "imagenet": {(50000, 1000): "ImageNet"},
 }
 
 
-def run_test(name: str, embeddings: Embeddings, file: Path, images: Path, split: str = "test") -> dict[str, float]:
-    """One of TESTS but captioning, on the authors' files."""
+def read_test(name: str, file: Path, images: Path, split="test", captions_per_image=None, classes=None):
+    """One of TESTS from its authors' files: what its function wants, and how much of it there is, as in SIZES."""
     if name == "retrieval":
-        return retrieval(embeddings, read_karpathy(file, images, split))
+        items = read_retrieval(file, images, split, captions_per_image)
+        return items, (len(items), sum(len(captions) for _, captions in items))
     if name == "winoground":
-        return winoground(embeddings, read_winoground(file, images))
+        items = read_winoground(file, images)
+        return items, (len(items),)
+    if name == "imagenet":
+        items = read_imagenet(file, classes)
+        return items, tuple(map(len, items))
     kinds, captions = (SUGARCREPE, PAIR) if name == "sugarcrepe" else (SUGARCREPE[:5], TRIPLE)  # ++ has no add_* files
-    files = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
-    if name == "sugarcrepe":
-        return {kind: sugarcrepe(embeddings, items) for kind, items in files.items()}
-    scores = {kind: sugarcrepe_pp(embeddings, items) for kind, items in files.items()}
-    return {f"{kind}_{test}": value for kind, pair in scores.items() for test, value in pair.items()}
+    items = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
+    return items, tuple(map(len, items.values()))
 
 
 def evaluate(embeddings: Embeddings, tests: Path, score: Callable | None = None) -> dict[str, dict[str, float]]:
@@ -354,11 +475,13 @@ def evaluate(embeddings: Embeddings, tests: Path, score: Callable | None = None)
     """
     run, tables = embeddings.run, {}
     for name, settings in read_json(tests).items():
-        if name not in TESTS or not isinstance(settings, dict) or not isinstance(settings.get("file"), str):
-            raise DataError(f'{tests}: {name!r} must be one of {", ".join(TESTS)}, with a "file"')
+        known = name in (*TESTS, "captioning")
+        if not known or not isinstance(settings, dict) or not isinstance(settings.get("file"), str):
+            raise DataError(f'{tests}: {name!r} must be one of {", ".join(TESTS)}, captioning, with a "file"')
         file, images = tests.parent / settings["file"], tests.parent / str(settings.get("images", "."))
         if name != "captioning":
-            tables[name] = run_test(name, embeddings, file, images, settings.get("split", "test"))
+            items, _ = read_test(name, file, images, settings.get("split", "test"), classes=settings.get("classes"))
+            tables[name] = TESTS[name](embeddings, items)
             continue
         tables[name] = captioning(run, file, images, score=score)
         if run.is_adapted:  # and is the plain question still understood?
@@ -390,133 +513,31 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
         print(f"{label:<{width}}", *(f"{cell:>{max(6, len(name))}}" for cell, name in zip(cells, columns)))
 
 
-def paper_rows() -> dict[str, dict[str, float]]:
-    columns = ("T2I@1", "I2T@1", "replace", "swap", "add")
-    return {f"paper: {name}": dict(zip(columns, row)) for name, row in PAPER_TABLE_4.items()}
+def paper_rows(table: str = "ablation") -> dict[str, dict[str, float]]:
+    """The paper's own numbers: of a data set, or of its ablation (table 4)."""
+    return {f"paper: {name}": row for name, row in read_json(ROOT / "docs" / "paper.json")[table].items()}
 
 
-def gallery(path: Path, rows: list[tuple[str, list[tuple[Path, bool]]]], size: int = 96) -> None:
-    """A PNG: each row a query and the pictures found for it, the right ones framed in green."""
-    font, left, columns = ImageFont.load_default(13), 330, max(len(found) for _, found in rows)
-    sheet = Image.new("RGB", (left + columns * (size + 12), len(rows) * (size + 12) + 6), "white")
+def gallery(path: Path, rows: list[tuple[str, list[tuple[Path, bool, str]]]], size: int = 96) -> None:
+    """A PNG: each row a query, and pictures with what stands below them; the right ones are framed in green."""
+    font, left, columns, step = ImageFont.load_default(13), 330, max(len(found) for _, found in rows), size + 26
+    sheet = Image.new("RGB", (left + columns * (size + 12), len(rows) * step + 6), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (query, found) in enumerate(rows):
-        top, lines = row * (size + 12) + 6, [""]
+        top, lines = row * step + 6, [""]
         for word in query.split():
             longer = f"{lines[-1]} {word}".strip()
             lines = [*lines[:-1], longer] if draw.textlength(longer, font) < left - 20 else [*lines, word]
         draw.multiline_text((8, top + 4), "\n".join(lines), fill="black", font=font)
-        for column, (image, right) in enumerate(found):
+        for column, (image, right, label) in enumerate(found):
             x = left + column * (size + 12)
             draw.rectangle((x - 4, top - 4, x + size + 3, top + size + 3), fill="limegreen" if right else "white")
             sheet.paste(ImageOps.pad(open_image(image), (size, size), color="gray"), (x, top))
+            draw.text((x, top + size + 3), label, fill="dimgray", font=font)
     sheet.save(path)
 
 
-# ---- Commands
-
-
-def caption_command(run: Run, args) -> None:
-    batches = [args.images[i : i + args.batch] for i in range(0, len(args.images), args.batch)]
-    for batch in tqdm(batches, desc="captions", disable=len(batches) < 2):
-        images = [open_image(path) for path in batch]
-        for path, answer in zip(batch, caption(run, images, args.question, args.max_new_tokens, args.temperature)):
-            tqdm.write(f"{path}: {answer}")
-
-
-def chat_command(run: Run, args) -> None:
-    conversation = Conversation(run, open_image(args.image), args.max_new_tokens)
-    print(f"Ask about {args.image}; an empty line ends.")
-    while True:
-        try:
-            question = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            question = ""
-        if not question:
-            return
-        print(conversation.ask(question))
-
-
-def test_command(run: Run, args) -> None:
-    file = Path(args.file)
-    images = Path(args.images) if args.images else file if file.is_dir() else file.parent
-    if args.command == "captioning":
-        result = captioning(run, file, images, args.question, args.limit)
-    else:
-        result = run_test(args.command, Embeddings(run), file, images, getattr(args, "split", "test"))
-    for name, value in result.items():
-        print(f"{name:>20} {value:6.2f}")
-    if columns := summary({args.command: result}):
-        print_table({"this model": columns} | {k: v for k, v in paper_rows().items() if v.keys() & columns.keys()})
-    if args.json:
-        Path(args.json).write_text(json.dumps({args.command: result}, indent=2) + "\n")
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, function: Callable, help: str) -> Callable:
-        command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(function=function)
-        command.add_argument("--model", default=TOY_MODEL, metavar="DIR", help="LLaVA folder or run (toy/tiny-llava)")
-        command.add_argument("--no-adapters", action="store_true", help="use a run's base model, without its adapters")
-        command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one here)")
-        return command.add_argument
-
-    argument = add("caption", caption_command, "describe pictures, or answer one question about each")
-    argument("images", nargs="+", metavar="IMAGE")
-    argument("--question", help=f"what to ask (default: {DESCRIBE!r}, or the prompt that a run was trained with)")
-    argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default), above samples")
-    argument("--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
-    argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time (8)")
-    argument = add("chat", chat_command, "talk about a picture")
-    argument("image", metavar="IMAGE")
-    argument("--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
-    for name, file, help in (
-        ("retrieval", "JSON", "Karpathy's Flickr30k or COCO: R@1, 5, 10 both ways; a tie counts against the model"),
-        ("sugarcrepe", "FOLDER", "SugarCrepe's seven files: the caption must beat its negative, strictly"),
-        ("sugarcrepe++", "FOLDER", "SugarCrepe++'s five files: ITT and TOT"),
-        ("winoground", "JSONL", "Winoground's examples.jsonl: text, image and group score"),
-        ("captioning", "JSONL", "our training format: share of the long captions' tokens predicted right"),
-    ):
-        argument = add(name, test_command, help)
-        argument("file", metavar=file)
-        argument("--images", metavar="DIR", help="where the pictures are (default: beside the file)")
-        argument("--json", metavar="FILE", help="write the numbers here as well")
-        if name == "retrieval":
-            argument("--split", default="test", help="Karpathy's split (test)")
-        if name == "captioning":
-            argument("--question", help="what to ask, as for caption")
-            argument("--limit", type=positive, default=256, metavar="N", help="records, from the first on (256)")
-    return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """An argument that must be a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def temperature(text: str) -> float:
-    """An argument that must be a finite number of at least 0."""
-    if not 0 <= float(text) < float("inf"):  # where it is no number at all, argparse says so
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return float(text)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
-    try:
-        run = load_run(args.model, args.device)
-        with adapters_disabled(run.model) if args.no_adapters else nullcontext():
-            args.function(run, args)
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
+    from examples.commands import main  # what is at the top of this file; nothing here needs it
+
     main()

@@ -40,7 +40,7 @@ from data import (
     Sample,
     collate,
     open_image,
-    read_karpathy,
+    read_retrieval,
 )
 from eval import (
     USER_ERRORS,
@@ -359,7 +359,7 @@ def add_adapters(run: Run, config: TrainConfig) -> None:
 
 # ---- The job: table, training, table
 
-RUN_FILES = ("config.json", "log.jsonl", "results.json", "retrieval.png", "checkpoints")
+RUN_FILES = ("config.json", "log.jsonl", "results.json", "retrieval.png", "checkpoints", "embeddings")
 
 
 def check_run_folder(out: Path) -> None:
@@ -374,9 +374,8 @@ def check_run_folder(out: Path) -> None:
 
 def start_run_folder(out: Path, config: TrainConfig) -> None:
     """Remove a former run's files and write config.json."""
-    for name in RUN_FILES[:-1]:
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "checkpoints")
+    for path in (out / name for name in RUN_FILES):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (out / "checkpoints").mkdir()
     model = config.model if config.model == TrainConfig.model else str(Path(config.model).resolve())
     settings = dataclasses.asdict(config) | {"model": model}
@@ -395,7 +394,7 @@ def toy_world(config: TrainConfig):
     return world.score_captions
 
 
-def measure(run: Run, config: TrainConfig, score) -> tuple[dict, list[tuple[str, list[tuple[Path, bool]]]]]:
+def measure(run: Run, config: TrainConfig, score) -> tuple[dict, list[tuple[str, list]]]:
     """The tables of --tests; for four captions of its retrieval test the five nearest pictures, and which are right."""
     if not config.tests:
         return {}, []
@@ -403,12 +402,13 @@ def measure(run: Run, config: TrainConfig, score) -> tuple[dict, list[tuple[str,
     tables = evaluate(embeddings, tests, score)
     if "retrieval" in tables:
         test = {"images": ".", "split": "test"} | json.loads(tests.read_text())["retrieval"]
-        items = read_karpathy(tests.parent / test["file"], tests.parent / test["images"], test["split"])
+        items = read_retrieval(tests.parent / test["file"], tests.parent / test["images"], test["split"])
         paths = [path for path, _ in items]
         images = embeddings.images(paths)
         for path, captions in [item for item in items if item[1]][:4]:
-            nearest = (images @ embeddings.texts(captions[:1])[0]).topk(min(5, len(paths))).indices.tolist()
-            found.append((captions[0], [(paths[index], paths[index] == path) for index in nearest]))
+            nearest = (images @ embeddings.texts(captions[:1])[0]).topk(min(5, len(paths)))
+            rows = zip(nearest.indices.tolist(), nearest.values.tolist())
+            found.append((captions[0], [(paths[i], paths[i] == path, f"{score:.2f}") for i, score in rows]))
     return tables, found
 
 

@@ -102,9 +102,8 @@ def build_ours(config: LlavaConfig, dtype: torch.dtype) -> Llava:
     return model.train()
 
 
-def build_theirs(ours: Llava) -> nn.Module:
-    """transformers' LLaVA with peft's LoRA, on the same weights in memory and the same values of what trains."""
-    import peft
+def transformers_twin(ours: Llava) -> nn.Module:
+    """transformers' LLaVA on the same weights in memory."""
     import transformers
 
     raw = ours.config.to_dict()
@@ -116,6 +115,14 @@ def build_theirs(ours: Llava) -> nn.Module:
     weights = {name: p.detach() for name, p in ours.named_parameters(remove_duplicate=False)}
     shared = {name: weights[canonical_name(name)] for name in theirs.state_dict() if canonical_name(name) in weights}
     theirs.load_state_dict(shared, strict=False, assign=True)
+    return theirs
+
+
+def build_theirs(ours: Llava) -> nn.Module:
+    """transformers' LLaVA with peft's LoRA, on the same weights in memory and the same values of what trains."""
+    import peft
+
+    theirs = transformers_twin(ours)
     add_soft_prompts(theirs.model, *Layout(ours.config).prompts)
     soft = theirs.model.language_model.embed_tokens
     model = peft.get_peft_model(theirs, peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))

@@ -1,7 +1,7 @@
 """Other people's training files into the JSON lines of data.py, and a look at such lines.
 
-    python -m examples.prepare convert SOURCE train.jsonl --images DIR
-    python -m examples.prepare stats train.jsonl --model llava-1.5-7b-hf
+    python data.py convert SOURCE train.jsonl --images DIR
+    python data.py stats train.jsonl --model llava-1.5-7b-hf
 
 SOURCE is LLaVA's or ShareGPT4V's .json; COCO's, nocaps' or Karpathy's .json; Localized Narratives' .jsonl; a .csv or
 .tsv with the columns image and caption; a folder of pictures with .txt files; or a folder of img2dataset's .tar shards,
@@ -25,7 +25,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import LONG, LONGEST, CaptionDataset, DataError, Layout, TextTokenizer, fields_of, inside, read_json
+from data import (
+    LONG,
+    LONGEST,
+    CaptionDataset,
+    DataError,
+    Layout,
+    TextTokenizer,
+    fields_of,
+    inside,
+    pictures_in,
+    read_json,
+)
 
 
 def read_conversations(path: Path):
@@ -75,11 +86,10 @@ def read_table(path: Path):
 
 def read_folder(path: Path):
     """Pictures, each with a .txt of the same name beside it, one caption a line."""
-    for image in sorted(path.rglob("*")):
-        if image.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"):
-            text = image.with_suffix(".txt")
-            captions = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
-            yield str(image.relative_to(path)), captions
+    for image in pictures_in(path):
+        text = image.with_suffix(".txt")
+        captions = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
+        yield str(image.relative_to(path)), captions
 
 
 def read_shards(path: Path):

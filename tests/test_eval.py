@@ -1,35 +1,39 @@
 """eval.py: metrics against brute force, readers on files of the real shapes, commands end to end."""
 
 import json
-import sys
-from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from data import DataError, read_karpathy, read_sugarcrepe, read_winoground
+from data import DataError, read_imagenet, read_retrieval, read_sugarcrepe, read_winoground
 from eval import (
+    SIZES,
     SUGARCREPE,
     TOY_MODEL,
-    Conversation,
     Embeddings,
-    caption,
     captioning,
+    cider_d,
     encode_image,
     encode_text,
     evaluate,
+    fingerprint,
+    imagenet,
     load_base,
-    main,
+    load_run,
     open_image,
+    paper_rows,
     recall_at_k,
     retrieval,
     sugarcrepe,
     sugarcrepe_pp,
     winoground,
 )
+from examples.commands import main
 from toy import world
+from train import main as train
 
 PAIR = ("caption", "negative_caption")
 
@@ -48,7 +52,12 @@ class Given(Embeddings):
     """Embeddings that a test makes up."""
 
     def __init__(self, known):
-        self.known = {key: F.normalize(torch.as_tensor(vector).float(), dim=-1) for key, vector in known.items()}
+        self.given = {key: F.normalize(torch.as_tensor(vector).float(), dim=-1) for key, vector in known.items()}
+
+    def texts(self, keys):
+        return torch.stack([self.given[key] for key in keys])
+
+    images = texts
 
 
 # ---- Metrics
@@ -80,10 +89,22 @@ def test_recall_is_brute_force_with_ties(seed):
         assert ours[f"t2i_r{k}"] == pytest.approx(t2i) and ours[f"i2t_r{k}"] == pytest.approx(i2t)
 
 
-def test_embeddings_that_are_not_finite_are_refused():
+def test_embeddings_that_are_not_finite_are_refused(toy, monkeypatch):
     """A diverged model has no scores, least of all perfect ones."""
+    monkeypatch.setattr("eval.encode_text", lambda run, part: torch.full((len(part), 4), torch.nan))
     with pytest.raises(DataError, match="not finite"):
-        Given({}).look_up(["a"], 8, "captions", lambda part: torch.full((len(part), 4), torch.nan))
+        Embeddings(toy).texts(["a"])
+
+
+def test_recall_with_images_that_have_no_caption():
+    """Such an image is one more to be mistaken, and is not asked for its own texts."""
+    scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.8, 0.9]])  # the third image has no text
+    assert recall_at_k(scores, torch.tensor([0, 1]), (1, 2)) == {
+        "t2i_r1": 50,
+        "t2i_r2": 100,
+        "i2t_r1": 100,
+        "i2t_r2": 100,
+    }
 
 
 def test_constant_embeddings_score_nothing():
@@ -105,7 +126,7 @@ def test_chance_levels_on_random_embeddings():
         | {"image_0": ("a", i), "image_1": ("b", i), "caption_0": ("c", i), "caption_1": ("d", i)}
         for i in range(number)
     ]
-    assert sugarcrepe(Given(vectors), items) == pytest.approx(50, abs=2.5)
+    assert sugarcrepe(Given(vectors), {"a": items, "b": items[:1]})["a"] == pytest.approx(50, abs=2.5)
     result = winoground(Given(vectors), items)
     assert [result[key] for key in ("text", "image", "group")] == pytest.approx([25, 25, 16.7], abs=2.5)
 
@@ -115,14 +136,80 @@ def test_compositional_tests_by_hand():
     known = {"right": [1, 0], "near": [1, 0.5], "far": [0, 1], "image": [1, 0.1], "other image": [0.1, 1]}
     item = {"image": "image", "caption": "right", "caption2": "near", "negative_caption": "far"}
     e = Given(known)
-    assert sugarcrepe(e, [item, item | {"negative_caption": "right"}]) == 50
-    assert sugarcrepe_pp(e, [item]) == {"itt": 100, "tot": 100}
-    assert sugarcrepe_pp(e, [item | {"caption2": "far", "negative_caption": "near"}]) == {"itt": 0, "tot": 0}
+    assert sugarcrepe(e, {"a": [item, item | {"negative_caption": "right"}], "b": [item]}) == {"a": 50, "b": 100}
+    assert sugarcrepe_pp(e, {"x": [item]}) == {"x_itt": 100, "x_tot": 100}
+    assert sugarcrepe_pp(e, {"x": [item | {"caption2": "far", "negative_caption": "near"}]}) == {"x_itt": 0, "x_tot": 0}
     pair = {"image_0": "image", "image_1": "other image", "caption_0": "right", "caption_1": "far"}
     assert winoground(e, [pair]) == {"text": 100, "image": 100, "group": 100}
     assert winoground(e, [pair | {"caption_1": "right"}]) == {"text": 0, "image": 0, "group": 0}
     swapped = pair | {"caption_0": "far", "caption_1": "right"}
     assert winoground(e, [pair, swapped]) == {"text": 50, "image": 50, "group": 50}
+
+
+def test_zero_shot_classes_by_hand():
+    """A class is the mean over its templates; namesakes count as one, another class with an equal score as above."""
+    known = {
+        "a cat": [1, 0],
+        "my cat": [1, 0.2],
+        "a dog": [0, 1],
+        "my dog": [0.2, 1],
+        "a cow": [0.1, 1],
+        "my cow": [0, 1],
+    }
+    e = Given(known | {"a pup": known["a dog"], "my pup": known["my dog"], "p": [1, 0.1], "q": [0.1, 1]})
+    templates = ["a {}", "my {}"]
+    assert imagenet(e, ([("p", 0), ("q", 0), ("q", 1)], ["cat", "dog"]), templates) == {
+        "top1": pytest.approx(200 / 3),
+        "top5": 100,
+    }
+    assert imagenet(e, ([("q", 1)], ["cat", "dog", "dog"]), templates)["top1"] == 100
+    assert imagenet(e, ([("q", 1)], ["cat", "dog", "pup"]), templates)["top1"] == 0
+
+
+def test_zero_shot_is_plain_linear_algebra(monkeypatch):
+    """Against NumPy, with 30 classes and 3 templates of random vectors."""
+    random = np.random.default_rng(0)
+    names, templates = [f"c{i}" for i in range(30)], ["a {}.", "{}", "the {}"]
+    known = {t.replace("{}", name): random.normal(size=8) for name in names for t in templates}
+    pictures = [(f"p{i}", i % 30) for i in range(200)]
+    known |= {name: random.normal(size=8) for name, _ in pictures}
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    classes = unit(np.stack([np.mean([unit(known[t.replace("{}", n)]) for t in templates], axis=0) for n in names]))
+    scores = unit(np.stack([known[name] for name, _ in pictures])) @ classes.T
+    best = np.argsort(-scores, axis=1)
+    ours = imagenet(Given(known), (pictures, names), templates)
+    for k in (1, 5):
+        assert ours[f"top{k}"] == pytest.approx(100 * np.mean([i % 30 in best[i, :k] for i in range(200)]))
+
+
+def test_cider_d_is_the_authors():
+    """Against the authors' code where it is installed (pycocoevalcap), and always against what it said once."""
+    generated = ["a red cat sits on the table", "two dogs run", "a small chair", "the cat", ""]
+    references = [
+        ["a red cat sits on a table", "the cat is red and sits on the table"],
+        ["two dogs run on the grass", "some dogs are running", "two big dogs run"],
+        ["a big table"],
+        ["the cat"],
+        ["nothing was said"],
+    ]
+    ours = cider_d(generated, references)["cider_d"]
+    assert ours == pytest.approx(275.90488100566154)
+    scorer = pytest.importorskip("pycocoevalcap.cider.cider_scorer").CiderScorer(n=4, sigma=6.0)
+    for guess, texts in zip(generated, references):
+        scorer += (guess, texts)
+    assert ours == pytest.approx(100 * scorer.compute_score()[0])
+
+
+def test_paper_rows_have_the_tests_keys():
+    """What is printed under one another is the same quantity."""
+    names = {name for sizes in SIZES.values() for name in sizes.values()}
+    keys = {"SugarCrepe": set(SUGARCREPE), "Winoground": {"text", "image", "group"}, "ImageNet": {"top1", "top5"}}
+    keys["SugarCrepe++"] = {f"{kind}_{test}" for kind in SUGARCREPE[:5] for test in ("itt", "tot")}
+    for name in names:
+        for row in paper_rows(name).values():
+            assert row.keys() == keys.get(name, {"t2i_r1", "t2i_r10", "i2t_r1", "i2t_r10"})
+    assert paper_rows("COCO")["paper: VladVA (LLaVA-1.5-7B)"]["t2i_r1"] == 59.0  # tables 1 and 8 of the paper
+    assert paper_rows("Winoground")["paper: VladVA (LLaVA-1.5-7B)"] == {"text": 40.5, "image": 17.5, "group": 12.8}
 
 
 # ---- Readers
@@ -142,8 +229,53 @@ def test_karpathy_of_coco(tmp_path):
     image = {"filename": "a.jpg", "filepath": "val2014", "split": "test", "sentences": [{"raw": " A cat.\n"}]}
     images = [image, image | {"split": "restval"}, {"filename": "b.jpg", "split": "test", "sentences": []}]
     (tmp_path / "k.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
-    items = read_karpathy(tmp_path / "k.json", tmp_path)
+    items = read_retrieval(tmp_path / "k.json", tmp_path)
     assert items == [(tmp_path.resolve() / "val2014/a.jpg", ["A cat."]), (tmp_path.resolve() / "b.jpg", [])]
+
+
+def test_coco_nocaps_and_blip(tmp_path):
+    """Annotations in any order, images without one, the first captions only; BLIP's lists; all give the same items."""
+    notes = [{"image_id": 2, "caption": "b1 "}, {"image_id": 1, "caption": "a1"}, {"image_id": 2, "caption": "b2"}]
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2, 3)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    blip = [{"image": f"{i}.jpg", "caption": texts} for i, texts in ((1, ["a1"]), (2, ["b1", "b2"]), (3, []))]
+    blip[0]["caption"] = "a1"  # one caption may stand alone
+    (tmp_path / "blip.json").write_text(json.dumps(blip))
+    root = tmp_path.resolve()
+    wanted = [(root / "1.jpg", ["a1"]), (root / "2.jpg", ["b1", "b2"]), (root / "3.jpg", [])]
+    assert read_retrieval(tmp_path / "coco.json", tmp_path) == wanted
+    assert read_retrieval(tmp_path / "blip.json", tmp_path) == wanted
+    assert read_retrieval(tmp_path / "coco.json", tmp_path, most=1)[1] == (root / "2.jpg", ["b1"])
+
+
+def test_imagenet_folders(tmp_path):
+    """Classes in the folders' sorted order, names from the folders, a text file, or JSON of three shapes."""
+    for folder, name in (
+        ("n02", "x.JPEG"),
+        ("n01", "a.JPEG"),
+        ("n01", "b.png"),
+        ("n01", "notes.txt"),
+        ("big_cat", "c.jpg"),
+    ):
+        (tmp_path / "val" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "val" / folder / name).write_bytes(b"")
+    items, names = read_imagenet(tmp_path / "val")
+    assert names == ["big cat", "n01", "n02"]
+    assert [(path.name, index) for path, index in items] == [("c.jpg", 0), ("a.JPEG", 1), ("b.png", 1), ("x.JPEG", 2)]
+    wanted = ["big cat", "tench", "gold fish"]
+    shapes = {
+        "names.txt": "big cat\ntench\ngold fish\n",
+        "list.json": json.dumps(wanted),
+        "by_folder.json": json.dumps({"n02": "gold_fish", "big_cat": "big_cat", "n01": "tench"}),
+        "index.json": json.dumps({"0": ["n01", "tench"], "1": ["n02", "gold_fish"], "2": ["big_cat", "big_cat"]}),
+    }
+    for name, content in shapes.items():
+        (tmp_path / name).write_text(content)
+        assert read_imagenet(tmp_path / "val", tmp_path / name)[1] == wanted, name
+    for name, content in (("short.txt", "one\n"), ("less.json", '{"n01": "tench"}'), ("numbers.json", "[1, 2, 3]")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=name):
+            read_imagenet(tmp_path / "val", tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +286,7 @@ def test_foreign_files_are_named(tmp_path, content):
     path = tmp_path / "file.json"
     path.write_text(content)
     for read in (
-        lambda: read_karpathy(path, tmp_path),
+        lambda: read_retrieval(path, tmp_path),
         lambda: read_sugarcrepe(path, tmp_path, PAIR),
         lambda: read_winoground(path, tmp_path),
     ):
@@ -186,7 +318,7 @@ def test_embeddings_are_unit_hidden_states(toy, small_world):
 
 def test_untrained_toy_is_far_above_chance(toy, small_world):
     """Among 20 pictures, chance is 5 %."""
-    items = read_karpathy(small_world / "test/karpathy.json", small_world / "images", "test")
+    items = read_retrieval(small_world / "test/karpathy.json", small_world / "images", "test")
     assert retrieval(Embeddings(toy), items)["t2i_r1"] > 40
 
 
@@ -230,26 +362,53 @@ def test_token_accuracy_is_teacher_forced(toy, small_world):
     assert ours == pytest.approx(100 * right / total)
 
 
-def test_conversation_goes_on_from_the_cache(toy, small_world):
-    """The second answer is that of the whole conversation computed from scratch."""
-    image = open_image(sorted((small_world / "images/test").glob("*.png"))[0])
-    talk = Conversation(toy, image, max_new_tokens=12)
-    first = talk.ask("Describe the image in detail.")
-    assert first == caption(toy, [image], max_new_tokens=12)[0]
-    prompt = talk.ids + toy.layout.next_question("What color is the background?")
-    second = talk.ask("What color is the background?")
-    again = toy.model.generate([prompt], toy.pixel_values([image]), 12)[0]
-    assert second == toy.tokenizer.decode(again)
+def test_embeddings_are_kept_by_content_and_model(toy, small_world, tmp_path, monkeypatch):
+    """What is known is not computed again: not for a copy of a file, not in another process, not after a stop half way;
+    but for another model, other prompts, or a changed file. A damaged file is named."""
+    paths = sorted((small_world / "images/test").glob("*.png"))[:5]
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(paths[0].read_bytes())
+    wanted, counted = encode_image(toy, [open_image(path) for path in paths]), []
+    monkeypatch.setattr("eval.encode_image", lambda run, part: counted.append(len(part)) or encode_image(run, part))
+    first = Embeddings(toy, tmp_path / "kept").images([*paths, copy, paths[0]])
+    torch.testing.assert_close(first, torch.cat([wanted, wanted[:1], wanted[:1]]))
+    assert counted == [5]
+    again = Embeddings(toy, tmp_path / "kept")
+    assert torch.equal(again.images([copy, *paths]), first[[0, 0, 1, 2, 3, 4]]) and counted == [5]
+    copy.write_bytes(paths[4].read_bytes())
+    assert torch.equal(again.images([copy]), first[4:5]) and counted == [5]
+    words = again.texts(["a red circle", "a red circle"])
+    assert torch.equal(Embeddings(toy, tmp_path / "kept").texts(["a red circle"]), words[:1])
+    other = load_run(TOY_MODEL, "cpu", "What is this?", "What is this?")
+    Embeddings(other, tmp_path / "kept").images(paths[:2])
+    assert counted == [5, 2] and fingerprint(toy) == fingerprint(load_base(TOY_MODEL, "cpu")) != fingerprint(other)
+    with torch.no_grad():
+        other.model.language_model.layers[3].mlp.up_proj.weight[5, 7] += 1e-4
+    assert fingerprint(other) != fingerprint(load_run(TOY_MODEL, "cpu", "What is this?", "What is this?"))
+    part = next((tmp_path / "kept").rglob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(DataError, match=part.name):
+        Embeddings(toy if part.parent.name == fingerprint(toy) else other, part.parents[1])
 
 
-def test_conversation_ends_where_positions_end(toy, small_world):
-    """Answers are cut to the positions that are left; when there are none, one clear error, and nothing is lost."""
-    talk = Conversation(toy, open_image(small_world / "images/test/000000.png"), max_new_tokens=10**6)
-    talk.ask("Describe the image in detail.")
-    before = list(talk.ids)
-    with pytest.raises(DataError, match="positions"):
-        talk.ask("red " * toy.model.config.text.max_position_embeddings)
-    assert talk.ids == before and talk.ask("What color is the background?")
+def test_interrupted_embeddings_go_on(toy, tmp_path, monkeypatch):
+    """What was computed before a stop is there after it."""
+    paths, calls = [tmp_path / f"{number}.png" for number in range(70)], []
+    for number, path in enumerate(paths):
+        Image.new("RGB", (50, 50), (3 * number, 0, 0)).save(path)
+
+    def stop_at_the_second(run, part):
+        calls.append(len(part))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode_image(run, part)
+
+    monkeypatch.setattr("eval.encode_image", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        Embeddings(toy, tmp_path / "kept").images(paths)
+    vectors = Embeddings(toy, tmp_path / "kept").images(paths)
+    assert calls == [64, 6, 6]
+    torch.testing.assert_close(vectors, encode_image(toy, [open_image(path) for path in paths]))
 
 
 # ---- Commands
@@ -265,26 +424,56 @@ def test_caption_command(small_world, capsys):
     assert capsys.readouterr().out.strip().split(": ")[1] in world.BACKGROUNDS
 
 
-def test_chat_command(small_world, capsys, monkeypatch):
-    """Questions are read from the terminal until an empty line."""
-    monkeypatch.setattr(sys, "stdin", StringIO("Describe the image in detail.\nHow many objects are in the image?\n\n"))
-    main(["chat", str(small_world / "images/test/000000.png"), "--device", "cpu", "--max_new_tokens", "20"])
-    assert "there are" in capsys.readouterr().out.lower()
-
-
-def test_table_commands(small_world, tmp_path, capsys):
-    """Every table from files on disk, with the paper's rows where it has them, and as JSON."""
+def tables(small_world):
+    """The arguments of every table's command on the toy's files, and one of its results."""
     data = small_world / "test"
-    for arguments, key in (
+    return (
         (["retrieval", data / "karpathy.json", "--images", small_world / "images"], "t2i_r1"),
         (["sugarcrepe", data / "sugarcrepe", "--images", small_world / "images/test"], "swap_att"),
         (["sugarcrepe++", data / "sugarcrepe++", "--images", small_world / "images/test"], "swap_att_itt"),
         (["winoground", data / "winoground/examples.jsonl", "--images", data / "winoground/images"], "group"),
-        (["captioning", small_world / "test.jsonl"], "token_accuracy"),
-    ):
-        main([*map(str, arguments), "--device", "cpu", "--json", str(tmp_path / "out.json")])
-        assert key in capsys.readouterr().out
-        assert 0 <= json.loads((tmp_path / "out.json").read_text())[arguments[0]][key] <= 100
+        (["captioning", small_world / "test.jsonl", "--limit", 3], "token_accuracy"),
+        (["captioning", data / "karpathy.json", "--images", small_world / "images", "--limit", 3], "cider_d"),
+        (["imagenet", small_world / "images", "--template", "a {}.", "--template", "the {}."], "top1"),
+    )
+
+
+def test_table_commands(small_world, tmp_path, capsys):
+    """Every table from files on disk, with the paper's rows where it has them, the sizes, and as JSON."""
+    for arguments, key in tables(small_world):
+        main([*map(str, arguments), "--device", "cpu", "--json", str(tmp_path / "out.json"), "--cache", str(tmp_path)])
+        shown = capsys.readouterr().out
+        assert key in shown and ("NOT as published" in shown and "paper: VladVA" in shown) == (
+            arguments[0] != "captioning"
+        )
+        assert 0 <= json.loads((tmp_path / "out.json").read_text())[arguments[0]]["this model"][key] <= 100
+        assert ("all items" in shown) == (arguments[0] == "sugarcrepe")
+
+
+def test_a_run_and_its_base_side_by_side(small_world, tmp_path, capsys):
+    """--both measures the base model, the run, and the difference; embeddings are kept in the run; the second table
+    computes nothing; a run's prompts are its own."""
+    run = tmp_path / "run"
+    settings = ["--steps", "2", "--batch_size", "12", "--lr", "0.01", "--device", "cpu", "--out", str(run)]
+    train(["--data", str(small_world / "train.jsonl"), *settings])
+    arguments = ["sugarcrepe", str(small_world / "test/sugarcrepe"), "--images", str(small_world / "images/test")]
+    arguments += ["--device", "cpu", "--json", str(tmp_path / "out.json")]
+    main([*arguments, "--model", str(run), "--both"])
+    rows = json.loads((tmp_path / "out.json").read_text())["sugarcrepe"]
+    assert "base model" in capsys.readouterr().out
+    assert rows["difference"] == {key: value - rows["base model"][key] for key, value in rows["this model"].items()}
+    kept = sorted((run / "embeddings").rglob("*.safetensors"))
+    assert len({path.parent for path in kept}) == 2
+    main([*arguments, "--model", str(run), "--no-adapters"])
+    main([*arguments, "--model", str(run)])
+    assert json.loads((tmp_path / "out.json").read_text())["sugarcrepe"]["this model"] == rows["this model"]
+    assert sorted((run / "embeddings").rglob("*.safetensors")) == kept
+    main([*arguments, "--cache", str(tmp_path / "other")])  # the plain model
+    assert json.loads((tmp_path / "out.json").read_text())["sugarcrepe"]["this model"] == rows["base model"]
+    with pytest.raises(SystemExit, match="keeps the prompts"):
+        main([*arguments, "--model", str(run), "--text_prompt", "What?"])
+    train(["--data", str(small_world / "train.jsonl"), *settings])  # a run with kept embeddings can be replaced
+    assert not (run / "embeddings").exists()
 
 
 @pytest.mark.parametrize(
@@ -294,6 +483,8 @@ def test_table_commands(small_world, tmp_path, capsys):
         (["caption", "x.png", "--model", "nowhere"], "nowhere: no such folder"),
         (["retrieval", "missing.json"], "missing.json: no such file"),
         (["caption", "x.png", "--device", "abacus"], "--device abacus"),
+        (["caption"], "give pictures"),
+        (["imagenet", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_arguments_get_one_clear_line(arguments, message):

@@ -2,9 +2,12 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 
 import pytest
+from conftest import PROJECT
 from PIL import Image
 
 from data import CaptionDataset, DataError, ImageProcessor, Layout, TextTokenizer
@@ -235,6 +238,15 @@ def test_commands(tmp_path, images, capsys):
     assert "1 pictures: 1 with short and long captions" in shown
     with pytest.raises(SystemExit, match="no such file|cannot be read"):
         main(["stats", str(tmp_path / "none.jsonl"), "--model", str(TOY_MODEL)])
+
+
+def test_data_py_is_the_command(tmp_path, images):
+    """`python data.py convert` and `python data.py stats`, as the README has them."""
+    (images / "a.txt").write_text("a red circle")
+    script = [sys.executable, PROJECT / "data.py"]
+    subprocess.run([*script, "convert", images, tmp_path / "train.jsonl"], check=True, capture_output=True)
+    shown = subprocess.run([*script, "stats", tmp_path / "train.jsonl"], check=True, capture_output=True, text=True)
+    assert "1 pictures: 1 with short captions" in shown.stdout
 
 
 def test_a_part_that_is_none(tmp_path, images):

@@ -120,14 +120,14 @@ def test_splits_share_no_set_of_pairs_and_twins_share_the_words():
 def test_scores_of_captions_written_by_hand():
     true = "There are two objects on a navy background. In the top left there is a large cyan heart. "
     true += "In the bottom left there is a small pink square."
-    assert world.score_captions([true], [true]) == {"attributes": 100, "objects": 100}
+    assert world.score_captions([true], [[true]]) == {"attributes": 100, "objects": 100}
     wrong = true.replace("pink", "red").lower()
-    assert world.score_captions([wrong], [true]) == {"attributes": pytest.approx(500 / 6), "objects": 50}
-    assert world.score_captions(["nothing at all"], [true]) == {"attributes": 0, "objects": 0}
+    assert world.score_captions([wrong], [[true]]) == {"attributes": pytest.approx(500 / 6), "objects": 50}
+    assert world.score_captions(["nothing at all"], [[true]]) == {"attributes": 0, "objects": 0}
     invented = true + " In the top right there is a small red star."
-    assert world.score_captions([invented], [true])["objects"] == pytest.approx(200 / 3)
+    assert world.score_captions([invented], [[true]])["objects"] == pytest.approx(200 / 3)
     moved = true.replace("bottom left", "bottom right")
-    assert world.score_captions([moved], [true])["attributes"] == pytest.approx(300 / 9)
+    assert world.score_captions([moved], [[true]])["attributes"] == pytest.approx(300 / 9)
 
 
 @pytest.fixture(scope="module")

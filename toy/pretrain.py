@@ -334,7 +334,7 @@ def evaluate(model: Llava, tokenizer: Tokenizer, number: int = 500) -> dict[str,
     look.user(SUMMARIZE_IMAGE)
     answers = model.generate([describe.ids] * 200, pixels[:200], max_new_tokens=110)
     references = [world.long_caption(scene, rng) for scene in scenes[:200]]
-    scores = world.score_captions(tokenizer.decode_batch(answers), references)
+    scores = world.score_captions(tokenizer.decode_batch(answers), [[text] for text in references])
 
     def embed_texts(captions: list[Caption]) -> torch.Tensor:
         texts = [Dialogue(tokenizer) for _ in captions]

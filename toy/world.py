@@ -362,15 +362,15 @@ def truth(text: str, scenes: SceneTable) -> np.ndarray:
     return answer
 
 
-def score_captions(generated: list[str], references: list[str]) -> dict[str, float]:
+def score_captions(generated: list[str], references: list[list[str]]) -> dict[str, float]:
     """How right long captions are, in percent: "attributes" (size, color, shape) and whole "objects".
 
     Both are read from the text, "in the top left there is a large cyan heart", and compared place by place with
-    the true long caption. An object that is not there counts as one with all its attributes wrong.
+    the first true long caption. An object that is not there counts as one with all its attributes wrong.
     """
     pattern = re.compile(rf"{PLACE.pattern} there is an? {one_of(SIZES)} {one_of(COLORS)} {one_of(SHAPES)}")
     counts = Counter()
-    for guess, reference in zip(generated, references, strict=True):
+    for guess, (reference, *_) in zip(generated, references, strict=True):
         found, true = ({m[0]: m[1:] for m in pattern.findall(text.lower())} for text in (guess, reference))
         for place in found.keys() | true.keys():
             right = [a == b for a, b in zip(found.get(place, ()), true.get(place, ()))]
