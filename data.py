@@ -393,6 +393,8 @@ class CaptionDataset(Dataset):
         self.offsets = np.array(offsets, np.int64)
         faulty = self.faults.total()
         total = faulty + len(offsets)
+        if not total:
+            raise DataError(f"{path}: is empty")
         if not offsets or faulty > 0.01 * total:
             counts = "; ".join(f"{count} x {reason}" for reason, count in self.faults.most_common(5))
             raise DataError(f"{path}: {faulty} of {total} lines cannot be used, {first_fault} ({counts})")
@@ -546,7 +548,9 @@ def fields_of(path: str | Path) -> Iterator[None]:
     """Turn what a file of another shape runs into, a missing key or a wrong type, into a DataError that names it."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8
         raise DataError(f"{path}: not in the expected format ({type(error).__name__}: {error})") from None
 
 
@@ -573,7 +577,10 @@ def read_retrieval(
             chosen = [image for image in content["images"] if image["split"] == split]
             names = [str(Path(image.get("filepath", "")) / image["filename"]) for image in chosen]
             items = [(name, [each["raw"] for each in image["sentences"]]) for name, image in zip(names, chosen)]
-        items = [(name, [texts] if isinstance(texts, str) else texts) for name, texts in items]
+        joined = defaultdict(list)  # some files have a line for each caption; an image must not compete with itself
+        for name, texts in items:
+            joined[name] += [texts] if isinstance(texts, str) else texts
+        items = joined.items()
         if not any(texts for _, texts in items):
             raise DataError(f"{path}: no captions of images (of split {split!r}, if it has splits)")
         return [(inside(Path(image_root), name), [text.strip() for text in texts[:most]]) for name, texts in items]
@@ -595,10 +602,14 @@ def read_imagenet(root: str | Path, names: str | Path | None = None) -> tuple[li
                 content = list(map(dict(pairs).__getitem__, folders))
             classes = [name.replace("_", " ").strip() for name in content]
     elif names:
-        classes = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines() if line.strip()]
+        with fields_of(names), open(names, encoding="utf-8") as file:
+            classes = [line.strip() for line in file if line.strip()]
     if not folders or len(classes) != len(folders):
         raise DataError(f"{names or root}: {len(classes)} class names for the {len(folders)} folders of {root}")
-    return [(path, index) for index, folder in enumerate(folders) for path in pictures_in(root / folder)], classes
+    pictures = [(path, index) for index, folder in enumerate(folders) for path in pictures_in(root / folder)]
+    if not pictures:
+        raise DataError(f"{root}: no pictures in its {len(folders)} folders")
+    return pictures, classes
 
 
 def read_sugarcrepe(path: str | Path, image_root: str | Path, captions: tuple[str, ...]) -> list[dict]:
