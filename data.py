@@ -257,33 +257,25 @@ class ImageProcessor:
                 found = "missing" if value is None else f"{value!r}, which cannot be used"
                 raise DataError(f"{where}: {key} is {found}") from None
 
-        def side(value) -> int:
-            if type(value) is not int or not 0 < value <= 4096:
+        def size(value) -> tuple[int, ...]:
+            """(height, width), or the length of the shortest edge alone. An integer is a square."""
+            given = {"height": value, "width": value} if type(value) is int else value
+            given = {key: length for key, length in given.items() if length is not None}
+            keys = ["shortest_edge"] if given.keys() == {"shortest_edge"} else ["height", "width"]
+            lengths = tuple(given[key] for key in keys)
+            if not all(type(length) is int and 0 < length <= 4096 for length in lengths):
                 raise ValueError
-            return value
+            return lengths
 
-        def pair(value) -> tuple[int, int]:
-            """An integer or {"height", "width"}."""
-            return (side(value),) * 2 if type(value) is int else (side(value["height"]), side(value["width"]))
-
-        def size(value) -> int | tuple[int, int]:
-            """The length of the shortest edge, or exactly (height, width)."""
-            if type(value) is int:
-                return side(value) if crop else pair(value)  # the first is how old CLIP configs write it
-            given = {key: length for key, length in value.items() if length is not None}
-            return side(given["shortest_edge"]) if given.keys() == {"shortest_edge"} else pair(given)
-
-        def channels(value) -> np.ndarray:
-            return np.array(value, np.float32).reshape(3)
-
-        crop = read("crop_size", pair) if raw.get("do_center_crop", "crop_size" in raw) else None
+        crop = read("crop_size", size) if raw.get("do_center_crop", "crop_size" in raw) else None
         self.resized = read("size", size)
-        smallest = (self.resized,) * 2 if isinstance(self.resized, int) else self.resized
-        if isinstance(self.resized, int) > bool(crop) or any(c > s for c, s in zip(crop or (), smallest)):
-            raise DataError(f"{where}: size {raw['size']!r} and crop_size {crop} do not give images of one size")
+        if crop and type(raw["size"]) is int:  # so old CLIP configs write the shortest edge
+            self.resized = self.resized[:1]
         self.size = crop or self.resized  # (height, width) of what comes out
+        if len(self.size) == 1 or any(wanted > there for wanted, there in zip(self.size, self.resized * 2)):
+            raise DataError(f"{where}: size {raw['size']!r} and crop_size {crop} do not give images of one size")
         self.resample = read("resample", Image.Resampling, 3)
-        mean, std = read("image_mean", channels), read("image_std", channels)
+        mean, std = (read(key, lambda rgb: np.array(rgb, np.float32).reshape(3)) for key in ("image_mean", "image_std"))
         factor = read("rescale_factor", float, 1 / 255) if raw.get("do_rescale", True) else 1.0
         for key, wanted in (("do_resize", True), ("do_normalize", True), ("do_pad", False)):
             if raw.get(key, wanted) not in (wanted, None):
@@ -309,8 +301,8 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB image -> (3, height, width) fp32."""
-        if isinstance(self.resized, int):
-            width, height = (int(self.resized * side / min(image.size)) for side in image.size)  # truncated, as there
+        if len(self.resized) == 1:
+            width, height = (int(self.resized[0] * side / min(image.size)) for side in image.size)  # not rounded
         else:
             height, width = self.resized
         pixels = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3) uint8
