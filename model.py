@@ -194,10 +194,10 @@ class VisionTower(nn.Module):
         self.embeddings, self.encoder = nn.Module(), nn.Module()  # names in the checkpoint, nothing more
         self.embeddings.patch_embedding = nn.Conv2d(config.num_channels, D, P, stride=P, bias=not config.is_clip)
         self.embeddings.position_embedding = nn.Embedding(config.num_states, D)
-        if config.is_clip:  # "layrnorm" is how CLIP's checkpoints spell it
+        if config.is_clip:  # whose checkpoints spell it "layrnorm"
             self.embeddings.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
-            self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.encoder.layers = nn.ModuleList(VisionLayer(config) for _ in range(num_layers))
+        self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps) if config.is_clip else nn.Identity()
+        self.encoder.layers = nn.Sequential(*(VisionLayer(config) for _ in range(num_layers)))
 
     def forward(self, pixel_values):
         """pixel_values (B, 3, image_size, image_size) -> the feature layer's hidden state (B, patches (+ 1), D)."""
@@ -207,12 +207,7 @@ class VisionTower(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, patches, D), row by row
         if self.config.is_clip:
             x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
-        x = x + self.embeddings.position_embedding.weight
-        if self.config.is_clip:
-            x = self.pre_layrnorm(x)
-        for layer in self.encoder.layers:
-            x = layer(x)
-        return x
+        return self.encoder.layers(self.pre_layrnorm(x + self.embeddings.position_embedding.weight))
 
 
 class MultiModalProjector(nn.Module):  # from the vision tower's width to the language model's: arXiv 2310.03744
@@ -397,10 +392,10 @@ class Llava(nn.Module):
 
     def image_features(self, pixel_values):
         """pixel_values (images, 3, height, width) -> what takes the place of the image tokens (images, N, D)."""
-        features = self.vision_tower(pixel_values)
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # meant for CLIP's class token
-        return self.multi_modal_projector(features)
+        states = self.vision_tower(pixel_values)[
+            :, -self.config.num_image_tokens :
+        ]  # all, or all but CLIP's class token
+        return self.multi_modal_projector(states)
 
     def forward(self, input_ids, pixel_values=None, image_features=None, cache=None):
         """ids (and images) -> hidden states (B, T, D) after the final norm; those at padding are meaningless.
