@@ -255,11 +255,6 @@ def swiglu(gate, up):
     return F.silu(gate) * up if torch.compiler.is_compiling() else SwiGLU.apply(gate, up)
 
 
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        return made_of(super().forward, x)
-
-
 class SwiGLU(torch.autograd.Function):  # silu(gate) * up (arXiv 2002.05202), which keeps nothing but its inputs
     @staticmethod
     def forward(ctx, gate, up):
@@ -272,51 +267,34 @@ class SwiGLU(torch.autograd.Function):  # silu(gate) * up (arXiv 2002.05202), wh
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
-class Attention(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        D, head_dim = config.hidden_size, config.head_dim
+        D, hidden, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        bias = config.attention_bias or config.model_type == "qwen2"
         self.head_dim, self.grouped = head_dim, H != K
-        self.q_proj = nn.Linear(D, H * head_dim, bias=bias)
-        self.k_proj = nn.Linear(D, K * head_dim, bias=bias)
-        self.v_proj = nn.Linear(D, K * head_dim, bias=bias)
-        self.o_proj = nn.Linear(H * head_dim, D, bias=config.attention_bias)
+        self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        sizes = {"q_proj": H * head_dim, "k_proj": K * head_dim, "v_proj": K * head_dim}
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.self_attn = nn.ModuleDict({name: nn.Linear(D, size, bias=bias) for name, size in sizes.items()})
+        self.self_attn["o_proj"] = nn.Linear(H * head_dim, D, bias=config.attention_bias)
+        self.post_attention_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        shapes = {"gate_proj": (D, hidden), "up_proj": (D, hidden), "down_proj": (hidden, D)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=config.mlp_bias) for name, shape in shapes.items()})
 
     def forward(self, x, cos, sin, cache=None, layer=0):
-        q, k, v = (heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.attend(made_of(self.input_layernorm, x), cos, sin, cache, layer)
+        gate, up = project(made_of(self.post_attention_layernorm, x), self.mlp.gate_proj, self.mlp.up_proj)
+        return x + self.mlp.down_proj(made_of(swiglu, gate, up))
+
+    def attend(self, x, cos, sin, cache, layer):
+        attention = self.self_attn
+        q, k, v = (heads(y, self.head_dim) for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj))
         q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)  # (B, K, S, head_dim) and (B, 1, T, S), no mask on first use
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(x.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, hidden, bias=bias)
-        self.up_proj = nn.Linear(D, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, D, bias=bias)
-
-    def forward(self, x):
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(made_of(swiglu, gate, up))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x, cos, sin, cache=None, layer=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return attention.o_proj(x.transpose(1, 2).flatten(2))
 
 
 class LanguageModel(nn.Module):
@@ -392,9 +370,7 @@ class Llava(nn.Module):
 
     def image_features(self, pixel_values):
         """pixel_values (images, 3, height, width) -> what takes the place of the image tokens (images, N, D)."""
-        states = self.vision_tower(pixel_values)[
-            :, -self.config.num_image_tokens :
-        ]  # all, or all but CLIP's class token
+        states = self.vision_tower(pixel_values)[:, -self.config.num_image_tokens :]  # CLIP's class token may stay out
         return self.multi_modal_projector(states)
 
     def forward(self, input_ids, pixel_values=None, image_features=None, cache=None):
