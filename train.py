@@ -36,9 +36,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -169,6 +166,10 @@ def shard(model: Llava, device: torch.device, dtype: torch.dtype) -> None:
     What learns stays whole everywhere, and its gradients are summed as ever. The model comes as its file is, on the
     CPU, where pages are read when they are needed; only one layer at a time is whole on the device.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # they take a second to import
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
     learning, mesh = set(trainable_parameters(model).values()), init_device_mesh(device.type, (process()[1],))
     layers = [*model.vision_tower.encoder.layers, *model.language_model.layers]
     for module in (*layers, model.vision_tower, model.language_model, model):
@@ -241,11 +242,10 @@ def training_step(
 
 def stand_in(llava: LlavaConfig, is_image: bool) -> data.Chunk:
     """A sequence that teaches nothing, for a process with fewer chunks than others: sharded layers meet for each."""
-    if not is_image:
-        return data.Chunk(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]), torch.tensor([-1]))
-    ids = torch.full((1, llava.num_image_tokens), llava.image_token_id)
-    pixels = torch.zeros(1, 3, llava.vision.image_size, llava.vision.image_size)
-    return data.Chunk(ids, torch.tensor([0]), torch.tensor([-1]), torch.full_like(ids, data.IGNORE), pixels)
+    length, side = llava.num_image_tokens if is_image else 1, llava.vision.image_size
+    ids, last = torch.full((1, length), llava.image_token_id if is_image else 0), torch.tensor([length - 1])
+    rest = (torch.full_like(ids, data.IGNORE), torch.zeros(1, 3, side, side)) if is_image else ()
+    return data.Chunk(ids, last, torch.tensor([-1]), *rest)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -493,7 +493,7 @@ def load_training_state(folder: Path, model: Llava, log_scale, optimizer) -> tup
         log_scale.data.fill_(tensors.pop("log_scale").item())
         for name, restore in (("rng", torch.set_rng_state), ("rng_cuda", torch.cuda.set_rng_state)):
             if len(states := tensors.pop(name, ())) == world:  # another number of processes draws anew
-                restore(states[rank])
+                restore(states[rank].clone())  # a row of its own, without an offset
         if tensors:
             raise ValueError(f"unexpected tensors {sorted(tensors)[:3]}")
         lines = (folder.parents[1] / "log.jsonl").read_text().splitlines()[:step]
@@ -598,8 +598,9 @@ def measure(run: Run, tests: str, score: Callable | None, picture: str = "") -> 
 
 def job(config: TrainConfig, device: str) -> None:
     began, out, (rank, world) = time.perf_counter(), Path(config.out), process()
-    if config.batch_size < world or (config.shard and world == 1):
-        raise DataError(f"{world} processes: --batch_size must be no less, and --shard needs several, from torchrun")
+    sharded = config.shard and world > 1
+    if config.batch_size < world:
+        raise DataError(f"--batch_size {config.batch_size} is less than one image for each of {world} processes")
     check_run_folder(out)
     checkpoint = newest(out) if config.resume and (out / "config.json").exists() else None
     path, tests, score = config.data, config.tests, None
@@ -613,12 +614,12 @@ def job(config: TrainConfig, device: str) -> None:
         raise DataError("on MPS dropout masks cannot be drawn again: --checkpoint_layers or --lora_dropout, not both")
     if dtype == torch.float16:
         raise DataError("this GPU has no bf16, and fp16 is not implemented for training; use another or --device cpu")
-    model = Llava.from_pretrained(folder, *((None, "cpu") if config.shard else (dtype, device)))
+    model = Llava.from_pretrained(folder, *((None, "cpu") if sharded else (dtype, device)))
     model.config.eos_token_ids = llava.eos_token_ids
     run, count = Run(model, layout, processor), sum(p.numel() for p in model.parameters())
     add_adapters(run, config, checkpoint)
     trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    if config.shard:
+    if sharded:
         shard(model, device, dtype)
     processes = f" in each of {world} processes" * (world > 1)
     print(f"{config.model}: {count / 1e6:.1f} M parameters on {device} in {str(dtype)[6:]}{processes}")

@@ -6,9 +6,9 @@ import shutil
 import signal
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import train
-from data import DataError
 
 TIMED = ("seconds", "pairs_per_second", "tokens_per_second", "memory")  # of a line of the log
 
@@ -28,8 +28,14 @@ def log(out):
 
 
 def state(out, step=6):
-    """All that a checkpoint holds, bit for bit."""
-    return {path.name: path.read_bytes() for path in (out / f"checkpoints/step-{step}").iterdir()}
+    """All that a checkpoint holds, bit for bit (the order of safetensors' metadata is not fixed)."""
+    files = (out / f"checkpoints/step-{step}").iterdir()
+    return {
+        path.name: {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+        if path.suffix == ".safetensors"
+        else path.read_bytes()
+        for path in files
+    }
 
 
 def signal_at(monkeypatch, steps, number=signal.SIGTERM):
@@ -207,8 +213,6 @@ def test_a_damaged_run_is_refused_with_one_line(undisturbed, tmp_path, file, con
 
 def test_a_training_state_of_another_model_is_refused(undisturbed, tmp_path):
     """Moments of another shape, tensors that belong to nothing, random numbers that are none."""
-    from safetensors.torch import load_file, save_file
-
     out = shutil.copytree(undisturbed, tmp_path / "run")
     path = out / "checkpoints/step-6/training_state.safetensors"
     tensors = load_file(path)
@@ -220,7 +224,6 @@ def test_a_training_state_of_another_model_is_refused(undisturbed, tmp_path):
         {"log_scale": tensors["rng"]},
     ]
     for change in changes:
-        save_file({key: value.contiguous() for key, value in (tensors | change).items()}, path)
+        save_file({key: value.clone().contiguous() for key, value in (tensors | change).items()}, path)
         with pytest.raises(SystemExit, match="step-6: cannot go on from it"):
             resume(out, "--steps", "8")
-    assert isinstance(DataError(), ValueError)
