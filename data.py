@@ -23,6 +23,7 @@ Axes: B batch, T tokens.
 import io
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -59,6 +60,14 @@ def read_json(path: str | Path, expected: type | tuple[type, ...] = dict):
     if not isinstance(content, expected):
         raise DataError(f"{path}: holds a JSON {type(content).__name__}, not what was expected here")
     return content
+
+
+def sync(path: Path) -> None:
+    """Come back when a file, or a folder's list of names, has reached the disk."""
+    if os.name != "nt":  # Windows does not open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def inside(root: Path, name: str) -> Path:
@@ -474,9 +483,7 @@ class ResumableSampler(Sampler):
     range(rank, batch_size, processes) is the share of one of several processes.
     """
 
-    def __init__(
-        self, units: list[int], batch_size: int, steps: int, seed: int = 0, first_step: int = 0, places: range = None
-    ):
+    def __init__(self, units: list[int], batch_size: int, steps: int, seed=0, first_step=0, places: range = None):
         if len(units) < batch_size:
             raise DataError(f"{len(units)} usable records do not fill a batch of {batch_size}; lower the batch size")
         self.units, self.batch_size, self.seed = np.asarray(units), batch_size, seed
@@ -498,13 +505,9 @@ class ResumableSampler(Sampler):
 
 
 def collate(
-    samples: list[Sample | str],
-    layout: Layout,
-    micro_batch: int,
-    caption_share: float = 1.0,
-    multiple: int = 1,
-    places: range | None = None,
-) -> Batch:
+    samples: list[Sample | str], layout: Layout, micro_batch: int, caption_share: float = 1.0, multiple: int = 1,
+    places: range | None = None
+) -> Batch:  # fmt: skip
     """Lay samples out as sequences, sort them by length, pad them on the right, `micro_batch` at a time, to the next
     `multiple` of tokens (GPUs, and what is compiled, like few and round lengths).
 

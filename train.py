@@ -9,8 +9,7 @@
 
 Contrastive loss on short captions + autoregressive loss on long ones, the image side of both in one forward pass; soft
 prompts + LoRA learn, everything else is frozen. A run folder holds config.json, log.jsonl, results.json, pictures and
-checkpoints/; `python eval.py caption photo.jpg --model runs/mine` uses it. SIGINT (Ctrl-C) and SIGTERM end the running
-step, save, and print the command that goes on.
+checkpoints/; `python eval.py caption photo.jpg --model runs/mine` uses it. Ctrl-C saves before it stops.
 """
 
 import dataclasses
@@ -24,8 +23,6 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -44,8 +41,8 @@ import eval
 import lora
 import losses
 from data import IMAGE_PROMPT, TEXT_PROMPT, DataError
-from eval import Run, pick_device
 from lora import trainable_parameters
+from losses import process
 from model import Llava, LlavaConfig
 
 
@@ -94,48 +91,44 @@ class TrainConfig:
     shard: bool = setting(False, "spread the frozen layers over the processes, for a base that does not fit one GPU")
     device: str = setting("", "cpu, cuda, cuda:1, mps (empty: the best one here)")
 
-    def check(self) -> None:
+    def check(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise DataError for values that cannot work, all in one message."""
+        counts, world = (self.steps, self.micro_batch), process()[1]
         rates = (self.lr, self.soft_lr, self.temperature_lr, self.contrastive_weight, self.ar_weight, self.weight_decay)
+        dropped = self.lora_dropout and self.checkpoint_layers  # the same masks would have to be drawn again
         whole = (self.warmup, self.checkpoint_layers, self.save_every, self.keep, self.seed)
         rules = {
-            "steps, batch_size and micro_batch must be at least 1": min(self.steps, self.batch_size, self.micro_batch)
-            > 0,
+            f"steps and micro_batch must be at least 1, batch_size {world}": min(counts) > 0
+            and self.batch_size >= world,
             "caption_share must lie in [0, 1]": 0 <= self.caption_share <= 1,
             "lora_dropout must lie in [0, 1)": 0 <= self.lora_dropout < 1,
             "contrast must be short or long": self.contrast in ("short", "long"),
             "temperature must be at least 0.01": 0.01 <= self.temperature < math.inf,
             "clip must be positive": self.clip > 0,
             "learning rates, weights and weight_decay must lie in [0, inf)": all(0 <= x < math.inf for x in rates),
-            "warmup, checkpoint_layers, save_every, keep, seed must lie in [0, 2^32)": all(
-                0 <= x < 2**32 for x in whole
-            ),
+            "warmup, checkpoint_layers, save_every, keep, seed: from 0 to 2^32": all(0 <= x < 2**32 for x in whole),
             "lora_rank and workers must lie in [0, 4096]": all(0 <= x <= 4096 for x in (self.lora_rank, self.workers)),
             "one of the two losses needs a weight": self.contrastive_weight + self.ar_weight > 0,
             "without soft prompts and LoRA there is nothing to train": self.soft_prompts or self.lora_rank > 0,
+            "this GPU has no bf16, and fp16 is not implemented; --device cpu has fp32": dtype != torch.float16,
+            "lora_dropout and checkpoint_layers exclude each other on MPS": not (dropped and device.type == "mps"),
         }
         if faults := [rule for rule, kept in rules.items() if not kept]:
             raise DataError("settings: " + "; ".join(faults))
 
 
 # ---- Processes: torchrun starts one for each GPU, of one batch each trains its share; without it there is one.
-
-
-def start_processes(device: str) -> str:
-    """Meet the other processes that torchrun started, if it did. Returns the device of this one."""
+def start_processes(device: str) -> tuple[torch.device, torch.dtype]:
+    """Meet the other processes that torchrun started, if it did. Returns what `eval.pick_device` finds for this one."""
+    found = eval.pick_device(device or None)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        on_gpu = pick_device(device or None)[0].type == "cuda"
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu"
+        on_gpu = found[0].type == "cuda"
+        found = eval.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu")
         if on_gpu:
-            torch.cuda.set_device(pick_device(device)[0])
+            torch.cuda.set_device(found[0])
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))  # evaluations take long
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")  # noqa: SIM115, for good
-    return device
-
-
-def process() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return found
 
 
 def everyone(message) -> list:
@@ -147,46 +140,26 @@ def everyone(message) -> list:
     return [json.loads(line) for line in bytes(texts.flatten().tolist()).splitlines()]
 
 
-def sum_gradients(model: nn.Module, log_scale: torch.Tensor, *others: torch.Tensor) -> None:
-    """Over the processes, in place and in one message, with `others`."""
-    learning = list(trainable_parameters(model).values())
-    for parameter in learning:  # this process may have had nothing for one of them
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    whole = [] if log_scale.grad is None else [log_scale.grad.div_(process()[1])]  # it is complete in every process
-    tensors = [*(parameter.grad for parameter in learning), *whole, *others]
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(total.view_as(tensor))
-
-
 def shard(model: Llava, device: torch.device, dtype: torch.dtype) -> None:
-    """Spread the frozen layers over the processes (FSDP2): a layer is whole only while it is computed.
+    """Spread the frozen layers over the processes (FSDP2): a layer is whole only while it is computed. What learns is
+    whole everywhere, and its gradients are summed as ever. The model comes on the CPU, as its file is, of which pages
+    are read when they are needed."""
+    from torch.distributed import device_mesh, fsdp, tensor  # take a second to import
 
-    What learns stays whole everywhere, and its gradients are summed as ever. The model comes as its file is, on the
-    CPU, where pages are read when they are needed; only one layer at a time is whole on the device.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # they take a second to import
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    learning, mesh = set(trainable_parameters(model).values()), init_device_mesh(device.type, (process()[1],))
+    mesh = device_mesh.init_device_mesh(device.type, (process()[1],))
+    learning = set(trainable_parameters(model).values())
     layers = [*model.vision_tower.encoder.layers, *model.language_model.layers]
     for module in (*layers, model.vision_tower, model.language_model, model):
-        held = {parameter for parameter in module.parameters() if not isinstance(parameter, DTensor)}
+        held = {parameter for parameter in module.parameters() if not isinstance(parameter, tensor.DTensor)}
         for frozen in held - learning:
             frozen.data = frozen.data.to(device, dtype)
         module.to(device)
         if module is not model:  # the two towers hold nothing themselves
-            fully_shard(module, mesh=mesh, ignored_params=learning if module in layers else held)
+            fsdp.fully_shard(module, mesh=mesh, ignored_params=learning if module in layers else held)
 
 
 # ---- One step
-
-
-def training_step(
-    model: nn.Module, batch: data.Batch, log_scale: torch.Tensor, config: TrainConfig
-) -> dict[str, float]:
+def training_step(model: nn.Module, batch: data.Batch, log_scale: torch.Tensor, config: TrainConfig) -> dict:
     """Forward and backward of one batch, chunk by chunk; gradients are added to the parameters'. Returns the losses.
 
     Each image runs through the model once: its hidden state at the summary position is the embedding, and those behind
@@ -196,8 +169,7 @@ def training_step(
     (num_pairs, num_tokens), (most_images, most_texts) = map(sum, columns[:2]), map(max, columns[2:])
     contrastive_weight = config.contrastive_weight if num_pairs else 0.0
     if not (contrastive_weight or (num_tokens and config.ar_weight)):
-        advice = "larger batches, or data in which every picture has one"
-        raise DataError(f"a batch without a caption for a loss that is switched on: use {advice} {batch.skipped[:1]}")
+        raise DataError(f"no caption in a batch for a loss that is switched on: use larger ones {batch.skipped[:1]}")
     images = batch.images + [stand_in(model.config, True) for _ in range(most_images - len(batch.images))]
     texts = batch.texts + [stand_in(model.config, False) for _ in range(most_texts - len(batch.texts))]
     chunks = images + (texts if contrastive_weight else [])
@@ -220,8 +192,8 @@ def training_step(
         hidden, embeddings = states(chunk)
         if chunk.labels is None or not config.ar_weight:
             return embeddings, torch.zeros((), device=model.device)
-        labels = chunk.labels.to(model.device)
-        return embeddings, losses.linear_cross_entropy(hidden, model.lm_head.weight, labels, num_tokens)
+        head, labels = model.lm_head.weight, chunk.labels.to(model.device)
+        return embeddings, losses.linear_cross_entropy(hidden, head, labels, num_tokens)
 
     def contrast(embeddings: list[torch.Tensor]) -> torch.Tensor:
         # Chunks were sorted by length: back into pairs. Images without a text carry pair -1 and come first.
@@ -234,8 +206,14 @@ def training_step(
     weights = contrastive_weight, config.ar_weight
     backward = losses.backward_cached if config.gradient_cache else losses.backward_whole
     contrastive, autoregressive = backward(chunks, embed, forward, contrast, weights)
-    if dist.is_initialized():
-        sum_gradients(model, log_scale, autoregressive)
+    if dist.is_initialized():  # all gradients in one message; the temperature's is complete in every process
+        tensors = [autoregressive] + ([log_scale.grad.div_(process()[1])] if contrastive_weight else [])
+        for parameter in trainable_parameters(model).values():  # this process may have had nothing for one of them
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            tensors.append(parameter.grad)
+        dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
     result = {"contrastive": contrastive.item(), "autoregressive": autoregressive.item(), "pairs": num_pairs}
     return {"loss": losses.vladva_loss(result["contrastive"], result["autoregressive"], *weights)} | result
 
@@ -273,23 +251,18 @@ def memory_estimate(config: TrainConfig, model: Llava, batch: data.Batch) -> dic
     returned, gate and up; with dropout, what went into each LoRA, and a mask (of bytes on CUDA). A checkpointed layer
     keeps its input, and is there once while it is computed again.
     """
-    t, size = model.config.text, model.dtype.itemsize
-    heads = (2 * t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
-    layer = 2 * t.hidden_size + heads + 2 * t.intermediate_size + 7 * config.lora_rank
+    t, size, checkpointed = model.config.text, model.dtype.itemsize, config.checkpoint_layers
+    D, heads, hidden = t.hidden_size, t.num_attention_heads * t.head_dim, t.intermediate_size
+    layer = 2 * D + 2 * heads + 2 * t.num_key_value_heads * t.head_dim + 2 * hidden + 7 * config.lora_rank
     if config.lora_rank and config.lora_dropout:
-        inputs = 5 * t.hidden_size + t.num_attention_heads * t.head_dim + t.intermediate_size
-        layer += inputs + (inputs if model.device.type == "cpu" else inputs // size)
-    checkpointed = min(config.checkpoint_layers, t.num_hidden_layers)
-    token = layer * (t.num_hidden_layers - checkpointed + bool(checkpointed)) + t.hidden_size * (checkpointed + 2)
+        layer += (5 * D + heads + hidden) * (2 if model.device.type == "cpu" else 1 + 1 / size)
+    token = layer * max(t.num_hidden_layers - checkpointed, 0) + D * (min(checkpointed, t.num_hidden_layers) + 2)
+    token += layer if checkpointed else 0
     chunks = [chunk.input_ids for chunk in batch.images + (batch.texts if config.contrastive_weight else [])]
-    tokens = (max if config.gradient_cache else sum)(chunk.numel() for chunk in chunks)
     parts = {
         "gradients and AdamW": 12 * sum(p.numel() for p in trainable_parameters(model).values()),
-        "activations": tokens * token * size,
-        "image features": sum(len(chunk.input_ids) for chunk in batch.images)
-        * model.config.num_image_tokens
-        * t.hidden_size
-        * size,
+        "activations": (max if config.gradient_cache else sum)(chunk.numel() for chunk in chunks) * token * size,
+        "image features": sum(len(chunk.pair) for chunk in batch.images) * model.config.num_image_tokens * D * size,
         "logits": min(max(256, 2**27 // (4 * t.vocab_size)), batch.num_tokens) * t.vocab_size * 8,
         "a sequence": max(chunk.shape[1] for chunk in chunks) * token * size,
     }
@@ -301,12 +274,11 @@ def memory(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e9, torch.cuda.mem_get_info(device)[0] / 1e9
     if device.type == "mps":
-        used = torch.mps.driver_allocated_memory() / 1e9
-        return used, torch.mps.recommended_max_memory() / 1e9 - used
+        used, most = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+        return used / 1e9, (most - used) / 1e9
     try:  # Linux
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1e9, free * 1024 / 1e9
+        free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9, free / 1e9
     except (OSError, TypeError):
         return 0.0, math.inf
 
@@ -322,7 +294,7 @@ def print_memory(parts: dict[str, float], free: float) -> None:
         tqdm.write("  AS SET, IT IS LIKELY TO RUN OUT OF MEMORY; --checkpoint_layers saves more, at more computation")
 
 
-def train(run: Run, config: TrainConfig, dataset: data.CaptionDataset, out: Path, start: Path | None = None) -> None:
+def train(run: eval.Run, config: TrainConfig, dataset: data.CaptionDataset, out: Path, start: Path = None) -> None:
     """The loop, from a checkpoint if one is given. Writes log.jsonl and checkpoints into `out`."""
     model, device, (rank, world) = run.model.train(), run.model.device, process()
     model.language_model.checkpoint_layers = config.checkpoint_layers
@@ -332,22 +304,23 @@ def train(run: Run, config: TrainConfig, dataset: data.CaptionDataset, out: Path
     optimizer = make_optimizer(model, log_scale, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.manual_seed(config.seed + rank)  # of dropout
-    first, log_lines = load_training_state(start, model, log_scale, optimizer) if start else (0, [])
-    skipped = [reason for line in log_lines for reason in line["skipped"]]
+    first, past = load_training_state(start, model, log_scale, optimizer) if start else (0, [])
+    skipped, now = [reason for line in past for reason in line["skipped"]], time.perf_counter()
+    began = now - (past[-1]["seconds"] if past else 0.0)
     units, places = dataset.units if config.groups else range(len(dataset)), range(rank, config.batch_size, world)
     batches = partial(data.ResumableSampler, units, config.batch_size, config.steps, config.seed)
-    share = config.caption_share if config.ar_weight else 0.0
-    multiple = 32 if device.type == "cuda" or config.compile else 1  # GPUs and compiled layers like round lengths
-    lay_out = partial(data.collate, layout=run.layout, micro_batch=config.micro_batch, caption_share=share)
-    lay_out = partial(lay_out, multiple=multiple, places=places)
-    reading = {"num_workers": config.workers, "worker_init_fn": ignore_signals, "generator": torch.Generator()}
-    loader = DataLoader(dataset, batch_sampler=batches(first, places), collate_fn=lay_out, **reading)
-    bar = tqdm(loader, "training", config.steps, initial=first, unit="step", disable=rank > 0)
-    now = time.perf_counter()
-    began = now - (log_lines[-1]["seconds"] if log_lines else 0.0)
+    lay_out = {"layout": run.layout, "micro_batch": config.micro_batch, "places": places}
+    lay_out["caption_share"] = config.caption_share if config.ar_weight else 0.0
+    lay_out["multiple"] = 32 if device.type == "cuda" or config.compile else 1  # GPUs and compilers like round lengths
+    reading = {"batch_sampler": batches(first, places), "collate_fn": partial(data.collate, **lay_out)}
+    reading |= {"num_workers": config.workers, "worker_init_fn": partial(on_stop, signal.SIG_IGN)}
+    reading["generator"] = torch.Generator()  # its own, as the global random numbers are dropout's
+    bar = tqdm(DataLoader(dataset, **reading), "training", config.steps, initial=first, unit="step", disable=rank > 0)
     if rank == 0:  # what was written behind the checkpoint is taken off
-        write_whole(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log_lines))
-    with stop_requests() as stops, bar, open(os.devnull if rank else out / "log.jsonl", "a", buffering=1) as log:
+        write_whole(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in past))
+    stops = []
+    on_stop(lambda number, _: stops.append(number))
+    with bar, open(os.devnull if rank else out / "log.jsonl", "a", buffering=1) as log:
         for step, batch in enumerate(bar, first):
             if step == first and batch.images:
                 print_memory(memory_estimate(config, model, batch), memory(device)[1])
@@ -356,10 +329,10 @@ def train(run: Run, config: TrainConfig, dataset: data.CaptionDataset, out: Path
                 group["lr"] = factor * group["peak_lr"]
             line = {"step": step} | training_step(model, batch, log_scale, config)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
-            if not math.isfinite(line["loss"]) or not math.isfinite(norm):
+            if not math.isfinite(line["loss"] + norm):
                 records = sorted(record for record, _ in next(iter(batches(step))))
-                found = f"loss {line['loss']}, gradient {norm} in step {step}, last good checkpoint: {newest(out)}"
-                raise DataError(f"{found}; lower the learning rates, or look at the records {records}")
+                found = f"loss {line['loss']}, gradient {norm} in step {step}, of the records {records}"
+                raise DataError(f"{found}; last good checkpoint: {newest(out)}; perhaps lower the learning rates")
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
@@ -371,46 +344,31 @@ def train(run: Run, config: TrainConfig, dataset: data.CaptionDataset, out: Path
             line |= {"chance": math.log(max(line["pairs"], 1)), "gradient_norm": norm, "lr": factor * config.lr}
             line |= {"temperature": math.exp(-log_scale.item()), "skipped": sum(unusable, [])}
             line |= {"pairs_per_second": line["pairs"] / seconds, "tokens_per_second": sum(tokens) / seconds}
-            line |= {"memory": memory(device)[0], "seconds": now - began}
-            log.write(json.dumps(line) + "\n")
-            shown = f"{line['contrastive']:.3f} (chance {line['chance']:.2f}) + {line['autoregressive']:.3f}"
-            shown += f", temperature {line['temperature']:.3f}, {line['pairs_per_second']:.0f} pairs/s"
-            bar.set_postfix_str("loss " + shown, refresh=False)
+            log.write(json.dumps(line | {"memory": memory(device)[0], "seconds": now - began}) + "\n")
+            shown = f"loss {line['contrastive']:.3f} (chance {line['chance']:.2f}) + {line['autoregressive']:.3f}, "
+            shown += f"temperature {line['temperature']:.3f}, {line['pairs_per_second']:.0f} pairs/s"
+            bar.set_postfix_str(shown, refresh=False)
             skipped += line["skipped"]
             if len(skipped) > max(10, 0.01 * (step + 1) * config.batch_size):
                 raise DataError(f"{len(skipped)} records could not be used, the last one: {skipped[-1]}")
-            due = config.save_every and (step + 1) % config.save_every == 0
-            if due or stop or step + 1 == config.steps:
+            if stop or step + 1 == config.steps or (config.save_every and not (step + 1) % config.save_every):
                 save_checkpoint(out, step + 1, model, log_scale, optimizer, config)
             if stop:
                 command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if world > 1 else "python"
-                command += f" train.py --resume --out {shlex.quote(str(out))}"
-                tqdm.write(f"{signal.Signals(stop).name}: saved behind step {step + 1}. This goes on:\n  {command}")
+                tqdm.write(f"{signal.Signals(stop).name}: stopped behind step {step + 1}, and saved. This goes on:")
+                tqdm.write(f"  {command} train.py --resume --out {shlex.quote(str(out))}")
                 sys.exit(128 + stop)
+    on_stop(signal.default_int_handler)
     model.eval()
-    if config.compile:  # generation has shapes of its own
-        for layer in model.language_model.layers:
-            del layer.forward
-    for reason in skipped:
-        print(f"left out: {reason}")
+    for layer in model.language_model.layers if config.compile else []:
+        del layer.forward  # generation has shapes of its own
+    print(*(f"left out: {reason}\n" for reason in skipped), sep="", end="")
 
 
-@contextmanager
-def stop_requests():
-    """A list of the SIGINTs and SIGTERMs that arrive: the running step is finished before they are obeyed."""
-    arrived, note = [], lambda number, _: arrived.append(number)
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield arrived
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def ignore_signals(worker: int) -> None:
-    """Processes that read data end with the one they read for, which may still have a step to finish."""
+def on_stop(handler, worker: int = 0) -> None:
+    """What SIGINT and SIGTERM do. Processes that read data ignore them: the step that they serve is to be finished."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
 
 
 def compile_layers(model: Llava) -> None:
@@ -420,49 +378,38 @@ def compile_layers(model: Llava) -> None:
 
 
 # ---- Checkpoints: at every moment the folder that `latest` names is complete
-
-
-def sync(path: Path) -> None:
-    """Come back when a file, or a folder's list of names, has reached the disk."""
-    if os.name != "nt":  # Windows does not open folders
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file so that the old one or the new one is there, whole."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    sync(temporary)
+    data.sync(temporary)
     os.replace(temporary, path)
-    sync(path.parent)
+    data.sync(path.parent)
 
 
 def save_checkpoint(out: Path, step: int, model: Llava, log_scale, optimizer, config: TrainConfig) -> None:
     """checkpoints/step-N with the adapters and all that it takes to go on exactly: first under a temporary name, then
     on the disk, renamed, and named by `latest`; only then are older ones deleted. Raises DataError on a full disk."""
-    tensors = {"log_scale": log_scale.detach(), "rng": torch.tensor(everyone(torch.get_rng_state().tolist())).byte()}
-    if model.device.type == "cuda":
-        tensors["rng_cuda"] = torch.tensor(everyone(torch.cuda.get_rng_state(model.device).tolist())).byte()
+    states = {"rng": torch.get_rng_state()}
+    states |= {"rng_cuda": torch.cuda.get_rng_state(model.device)} if model.device.type == "cuda" else {}
+    tensors = {name: torch.tensor(everyone(state.tolist())).byte() for name, state in states.items()}
     if process()[0] > 0:
         return
+    tensors["log_scale"] = log_scale.detach()
     for name, parameter in (trainable_parameters(model) | {"log_scale": log_scale}).items():
         tensors |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     folder, temporary = (out / "checkpoints" / f"step-{step}{end}" for end in ("", ".tmp"))
-    free, needed = shutil.disk_usage(out).free, 2**20 + 2 * sum(tensor.nbytes for tensor in tensors.values())
+    free, needed = shutil.disk_usage(out).free / 1e6, 1 + 2e-6 * sum(tensor.nbytes for tensor in tensors.values())
     if free < needed:
-        sizes = f"{free / 1e6:.1f} MB are free, {needed / 1e6:.1f} are needed"
-        raise DataError(f"{folder}: {sizes}; free some and --resume, the last good checkpoint is {newest(out)}")
-    for leftover in (folder, temporary):  # of a run that was killed before `latest` named it
-        shutil.rmtree(leftover, ignore_errors=True)
+        raise DataError(f"{folder}: {free:.1f} MB are free, {needed:.1f} needed; last good checkpoint: {newest(out)}")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before `latest` named it
     notes = {"image_prompt": config.image_prompt, "text_prompt": config.text_prompt, "step": str(step)}
     lora.save_adapter(model, temporary, notes)
     save_file(tensors, temporary / "training_state.safetensors")
     state = {"step": step, "seed": config.seed, "processes": process()[1], "torch": torch.__version__}
     (temporary / "training_state.json").write_text(json.dumps(state) + "\n")
     for path in (*temporary.iterdir(), temporary, out / "log.jsonl"):
-        sync(path)
+        data.sync(path)
     os.replace(temporary, folder)
     write_whole(folder.parent / "latest", folder.name + "\n")
     saved = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name[5:]))
@@ -481,28 +428,25 @@ def newest(out: Path) -> Path | None:
 
 def load_training_state(folder: Path, model: Llava, log_scale, optimizer) -> tuple[int, list[dict]]:
     """Set optimizer, temperature and random numbers as they were -> step, and the log up to it. Raises DataError."""
-    rank, world = process()
     try:
         step, tensors = int(folder.name[5:]), load_file(folder / "training_state.safetensors")
         for name, p in (trainable_parameters(model) | {"log_scale": log_scale}).items():
             if f"{name}.step" in tensors:  # else it never had a gradient
-                state = {key: tensors.pop(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                state = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                 if [value.shape for value in state.values()] != [torch.Size(), p.shape, p.shape]:
                     raise ValueError(f"{name} has another shape")
                 optimizer.state[p] = {k: value if k == "step" else value.to(p.device) for k, value in state.items()}
-        log_scale.data.fill_(tensors.pop("log_scale").item())
+        log_scale.data.fill_(tensors["log_scale"].item())
         for name, restore in (("rng", torch.set_rng_state), ("rng_cuda", torch.cuda.set_rng_state)):
-            if len(states := tensors.pop(name, ())) == world:  # another number of processes draws anew
-                restore(states[rank].clone())  # a row of its own, without an offset
-        if tensors:
-            raise ValueError(f"unexpected tensors {sorted(tensors)[:3]}")
+            if len(states := tensors.get(name, ())) == process()[1]:  # another number of processes draws anew
+                restore(states[process()[0]].clone())  # for a view would be read from its storage's start
         lines = (folder.parents[1] / "log.jsonl").read_text().splitlines()[:step]
         return step, [{"skipped": [], "seconds": 0.0} | json.loads(line) for line in lines]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{folder}: cannot go on from it ({type(error).__name__}: {error})") from None
 
 
-def add_adapters(run: Run, config: TrainConfig, checkpoint: Path | None = None) -> None:
+def add_adapters(run: eval.Run, config: TrainConfig, checkpoint: Path | None = None) -> None:
     """Freeze the base model, and add what learns, as new or as a checkpoint has it."""
     torch.manual_seed(config.seed)
     lora.freeze(run.model)
@@ -518,23 +462,20 @@ def add_adapters(run: Run, config: TrainConfig, checkpoint: Path | None = None) 
 
 
 # ---- The job: table, training, table
-
+TOY = Path(__file__).parent / "toy" / "data"
 RUN_FILES = ("config.json", "log.jsonl", "results.json", "retrieval.png", "checkpoints")
 MAY_CHANGE = ("out", "resume", "steps", "device", "workers", "save_every", "keep", "shard")  # when a run goes on
 
 
 def settings(given: dict) -> TrainConfig:
     """The flags that were given; with --resume, on top of the run's own. Raises DataError where they contradict."""
-    for name in {"model", "data", "image_root", "tests"} & given.keys():
-        given[name] = given[name] and (
-            given[name] if given[name] == TrainConfig.model else str(Path(given[name]).resolve())
-        )
+    paths = {name: given.get(name) for name in ("model", "data", "image_root", "tests")}
+    given |= {k: str(Path(path).resolve()) for k, path in paths.items() if path and path != TrainConfig.model}
     path, faults = Path(given.get("out", TrainConfig.out)) / "config.json", []
-    if not given.get("resume") or not path.exists():
-        return TrainConfig(**given)
-    saved, kinds = data.read_json(path), {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+    saved = data.read_json(path) if given.get("resume") and path.exists() else {}
+    kinds = {f.name: (f.type, int) if f.type is float else (f.type,) for f in dataclasses.fields(TrainConfig)}
     for name, value in saved.items():
-        if type(value) not in (kinds.get(name), int if kinds.get(name) is float else None):
+        if type(value) not in kinds.get(name, ()):
             faults.append(f"{path} has {name} = {value!r}, which is not a setting")
         elif name not in MAY_CHANGE and given.get(name, value) != value:
             faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
@@ -555,31 +496,14 @@ def check_run_folder(out: Path) -> None:
 
 def start_run_folder(out: Path, config: TrainConfig, checkpoint: Path | None) -> None:
     """Remove what was not finished, a former run too unless it goes on, and write config.json."""
-    for path in (*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not checkpoint:
-        for name in RUN_FILES[:-1]:  # config.json first: without it there is nothing to go on with
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "checkpoints")
-        (out / "checkpoints").mkdir()
+    former = [] if checkpoint else [out / name for name in RUN_FILES]  # config.json first: nothing goes on without it
+    for path in (*former, *out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (out / "checkpoints").mkdir(exist_ok=True)
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
-def toy_world() -> tuple[Path, Callable]:
-    """The folder of the toy world, made where it is missing, and the measure of its captions."""
-    from toy import world  # only this job needs it
-
-    try:
-        for others in (False, True):  # process 0 draws it, then the others find it
-            if others or process()[0] == 0:
-                folder = world.build(Path(__file__).parent / "toy" / "data")
-            everyone("ready")
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    return folder, world.score_captions
-
-
-def measure(run: Run, tests: str, score: Callable | None, picture: str = "") -> dict:
+def measure(run: eval.Run, tests: str, score, picture: str = "") -> dict:
     """The tables of --tests; for four captions of its retrieval test the five nearest pictures, and which are right;
     what the model says about `picture`, the first of these where none is given."""
     embeddings, path, nearest = eval.Embeddings(run), Path(tests), []
@@ -596,42 +520,38 @@ def measure(run: Run, tests: str, score: Callable | None, picture: str = "") -> 
     return {"tables": tables, "nearest": nearest, "picture": picture, "caption": caption}
 
 
-def job(config: TrainConfig, device: str) -> None:
-    began, out, (rank, world) = time.perf_counter(), Path(config.out), process()
-    sharded = config.shard and world > 1
-    if config.batch_size < world:
-        raise DataError(f"--batch_size {config.batch_size} is less than one image for each of {world} processes")
+def job(config: TrainConfig) -> None:
+    began, out, (device, dtype) = time.perf_counter(), Path(config.out), start_processes(config.device)
+    (rank, world), sharded = process(), config.shard and process()[1] > 1
+    config.check(device, dtype)
     check_run_folder(out)
     checkpoint = newest(out) if config.resume and (out / "config.json").exists() else None
     path, tests, score = config.data, config.tests, None
     if not path:
-        folder, score = toy_world()
-        path, tests = str(folder / "train.jsonl"), tests or str(folder / "test" / "tests.json")
+        from toy import world as toy  # only this job needs it
+
+        if rank == 0:  # draws it, where it is missing, for all
+            toy.build(TOY)
+        everyone("drawn")
+        path, tests, score = str(TOY / "train.jsonl"), tests or str(TOY / "test" / "tests.json"), toy.score_captions
     folder, llava, layout, processor = eval.inspect_base(config.model, config.image_prompt, config.text_prompt)
     dataset = data.CaptionDataset(path, layout, processor, config.image_root or None, config.contrast)
-    device, dtype = pick_device(device or None)
-    if device.type == "mps" and config.checkpoint_layers and config.lora_dropout:
-        raise DataError("on MPS dropout masks cannot be drawn again: --checkpoint_layers or --lora_dropout, not both")
-    if dtype == torch.float16:
-        raise DataError("this GPU has no bf16, and fp16 is not implemented for training; use another or --device cpu")
     model = Llava.from_pretrained(folder, *((None, "cpu") if sharded else (dtype, device)))
     model.config.eos_token_ids = llava.eos_token_ids
-    run, count = Run(model, layout, processor), sum(p.numel() for p in model.parameters())
+    run, count = eval.Run(model, layout, processor), sum(p.numel() for p in model.parameters())
     add_adapters(run, config, checkpoint)
     trainable = sum(p.numel() for p in trainable_parameters(model).values())
     if sharded:
         shard(model, device, dtype)
-    processes = f" in each of {world} processes" * (world > 1)
-    print(f"{config.model}: {count / 1e6:.1f} M parameters on {device} in {str(dtype)[6:]}{processes}")
     results = data.read_json(out / "results.json") if checkpoint and (out / "results.json").exists() else {}
     if not isinstance(before := results.get("untrained"), dict):
         with lora.adapters_disabled(model):  # bitwise the base model
             before = measure(run, tests, score)
     if before["tables"]:
         eval.print_table({"untrained": eval.summary(before["tables"])})
+    print(f"{config.model}: {count / 1e6:.1f} M parameters on {device} in {str(dtype)[6:]}, {world} process(es)")
     print(f"{trainable:,} new parameters to train ({100 * trainable / count:.1f} %), {len(dataset):,} images in {path}")
-    for reason, number in dataset.faults.items():
-        print(f"  {number} lines left out: {reason}")
+    print(*(f"  {number} lines left out: {why}\n" for why, number in dataset.faults.items()), sep="", end="")
     results = {"before": before["tables"], "seed": config.seed, "untrained": before}
     everyone("ready")  # only now may the folder change
     if rank == 0:
@@ -648,10 +568,8 @@ def job(config: TrainConfig, device: str) -> None:
         rows["difference"] = {name: value - rows["untrained"][name] for name, value in rows["trained"].items()}
         eval.print_table(rows | eval.paper_rows())
     if before["picture"] and rank == 0:
-        pairs = zip(before["nearest"], after["nearest"])
-        rows = [
-            (f"{when}: {query}", found) for pair in pairs for when, (query, found) in zip(("before", "after"), pair)
-        ]
+        both = [zip(("before", "after"), pair) for pair in zip(before["nearest"], after["nearest"])]
+        rows = [(f"{when}: {query}", found) for pair in both for when, (query, found) in pair]
         eval.gallery(out / "retrieval.png", rows)
         print(f"{before['picture']}\n  before: {before['caption']}\n  after:  {after['caption']}")
     print(f"{time.perf_counter() - began:.0f} s. The run is in {out}. Next, for example:")
@@ -666,14 +584,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{f.name}", default=SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(arguments))
     try:
-        config = settings(given)
-        config.check()
-        job(config, start_processes(config.device))
+        job(settings(given))
     except (*eval.USER_ERRORS, SafetensorError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        on_stop(signal.default_int_handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
