@@ -124,8 +124,7 @@ def start_processes(device: str) -> tuple[torch.device, torch.dtype]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         on_gpu = found[0].type == "cuda"
         found = eval.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu")
-        if on_gpu:
-            torch.cuda.set_device(found[0])
+        torch.cuda.set_device(found[0] if on_gpu else -1)  # -1 does nothing
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))  # evaluations take long
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")  # noqa: SIM115, for good
     return found
@@ -173,7 +172,6 @@ def training_step(model: nn.Module, batch: data.Batch, log_scale: torch.Tensor, 
     images = batch.images + [stand_in(model.config, True) for _ in range(most_images - len(batch.images))]
     texts = batch.texts + [stand_in(model.config, False) for _ in range(most_texts - len(batch.texts))]
     chunks = images + (texts if contrastive_weight else [])
-
     features: dict[int, torch.Tensor] = {}  # of each chunk's images: their layers are frozen, once a step is enough
 
     def states(chunk: data.Chunk, end: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,8 +190,8 @@ def training_step(model: nn.Module, batch: data.Batch, log_scale: torch.Tensor, 
         hidden, embeddings = states(chunk)
         if chunk.labels is None or not config.ar_weight:
             return embeddings, torch.zeros((), device=model.device)
-        head, labels = model.lm_head.weight, chunk.labels.to(model.device)
-        return embeddings, losses.linear_cross_entropy(hidden, head, labels, num_tokens)
+        loss = losses.linear_cross_entropy(hidden, model.lm_head.weight, chunk.labels.to(model.device), num_tokens)
+        return embeddings, loss
 
     def contrast(embeddings: list[torch.Tensor]) -> torch.Tensor:
         # Chunks were sorted by length: back into pairs. Images without a text carry pair -1 and come first.
@@ -245,12 +243,9 @@ def make_optimizer(model: nn.Module, log_scale: nn.Parameter, config: TrainConfi
 
 
 def memory_estimate(config: TrainConfig, model: Llava, batch: data.Batch) -> dict[str, float]:
-    """GB that steps with such batches take beyond the model, by part.
-
-    Kept of each layer and token, in numbers: both norms' inputs (2 D), queries, keys and values, what attention
-    returned, gate and up; with dropout, what went into each LoRA, and a mask (of bytes on CUDA). A checkpointed layer
-    keeps its input, and is there once while it is computed again.
-    """
+    """GB that steps with such batches take beyond the model, by part. Kept of each layer and token, in numbers: both
+    norms' inputs (2 D), queries, keys and values, what attention returned, gate and up; with dropout, what went into
+    each LoRA, and a mask (of bytes on CUDA). A checkpointed layer keeps its input, and once all, computed again."""
     t, size, checkpointed = model.config.text, model.dtype.itemsize, config.checkpoint_layers
     D, heads, hidden = t.hidden_size, t.num_attention_heads * t.head_dim, t.intermediate_size
     layer = 2 * D + 2 * heads + 2 * t.num_key_value_heads * t.head_dim + 2 * hidden + 7 * config.lora_rank
@@ -274,8 +269,7 @@ def memory(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e9, torch.cuda.mem_get_info(device)[0] / 1e9
     if device.type == "mps":
-        used, most = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
-        return used / 1e9, (most - used) / 1e9
+        return 0.0, (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) / 1e9
     try:  # Linux
         free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
         return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9, free / 1e9
@@ -302,7 +296,6 @@ def train(run: eval.Run, config: TrainConfig, dataset: data.CaptionDataset, out:
         compile_layers(model)
     log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature), device=device))
     optimizer = make_optimizer(model, log_scale, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.manual_seed(config.seed + rank)  # of dropout
     first, past = load_training_state(start, model, log_scale, optimizer) if start else (0, [])
     skipped, now = [reason for line in past for reason in line["skipped"]], time.perf_counter()
@@ -328,7 +321,7 @@ def train(run: eval.Run, config: TrainConfig, dataset: data.CaptionDataset, out:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
             line = {"step": step} | training_step(model, batch, log_scale, config)
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
+            norm = nn.utils.clip_grad_norm_(sum((g["params"] for g in optimizer.param_groups), []), config.clip).item()
             if not math.isfinite(line["loss"] + norm):
                 records = sorted(record for record, _ in next(iter(batches(step))))
                 found = f"loss {line['loss']}, gradient {norm} in step {step}, of the records {records}"
@@ -337,7 +330,6 @@ def train(run: eval.Run, config: TrainConfig, dataset: data.CaptionDataset, out:
             optimizer.zero_grad()
             with torch.no_grad():
                 log_scale.clamp_(max=math.log(100))  # a temperature of at least 0.01, as in CLIP
-
             tokens = sum(chunk.input_ids.numel() for chunk in batch.images + batch.texts)
             unusable, tokens, stop = zip(*everyone([batch.skipped, tokens, max(stops, default=0)]))
             seconds, now, stop = time.perf_counter() - now, time.perf_counter(), max(stop)
@@ -558,7 +550,6 @@ def job(config: TrainConfig) -> None:
         start_run_folder(out, config, checkpoint)
         write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     train(run, config, dataset, out, checkpoint)
-
     after = measure(run, tests, score, before["picture"])
     if rank == 0:
         results |= {"after": after["tables"], "seconds": time.perf_counter() - began}
