@@ -89,14 +89,16 @@ class TextTokenizer:
         path = Path(folder) / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.begin = self.tokenizer.encode("").ids  # [1], LLaMA's <s>; nothing for Qwen
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even that
             raise DataError(f"{path}: not a tokenizer, perhaps a Git LFS pointer or a web page ({error})") from None
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: index for index, token in added.items() if token.special}
         self.special_pattern = re.compile(f"({'|'.join(map(re.escape, self.special_ids)) or '(?!)'})")
-        self.begin = self.tokenizer.encode("").ids  # [1], LLaMA's <s>; nothing for Qwen
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Text -> ids, nothing put in front. `special` reads <image>, </s> and the like as special tokens: for our

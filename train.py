@@ -456,7 +456,7 @@ def add_adapters(run: eval.Run, config: TrainConfig, checkpoint: Path | None = N
 # ---- The job: table, training, table
 TOY = Path(__file__).parent / "toy" / "data"
 RUN_FILES = ("config.json", "log.jsonl", "results.json", "retrieval.png", "checkpoints")
-MAY_CHANGE = ("out", "resume", "steps", "device", "workers", "save_every", "keep", "shard")  # when a run goes on
+MAY_CHANGE = {"out", "resume", "steps", "device", "workers", "save_every", "keep", "shard"}  # when a run goes on
 
 
 def settings(given: dict) -> TrainConfig:
@@ -469,7 +469,7 @@ def settings(given: dict) -> TrainConfig:
     for name, value in saved.items():
         if type(value) not in kinds.get(name, ()):
             faults.append(f"{path} has {name} = {value!r}, which is not a setting")
-        elif name not in MAY_CHANGE and given.get(name, value) != value:
+        elif name in given.keys() - MAY_CHANGE and given[name] != value:
             faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
     if faults:
         raise DataError(f"--resume: {'; '.join(faults)}; leave these flags out, or choose another --out")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,14 +36,13 @@ SENT = {"all_reduce": 0, "all_gather": 0}
 
 def count_bytes() -> None:
     """Have the collectives count what each process hands to them."""
-    for name in SENT:
+    for name, place in (("all_reduce", 0), ("all_gather", 1)):
 
-        def counted(*args, whole=getattr(dist, name), name=name, **kwargs):
-            tensor = args[0] if name == "all_reduce" else args[1]
-            SENT[name] += tensor.nbytes
-            return whole(*args, **kwargs)
+        def counted(*args, whole, name, place):
+            SENT[name] += args[place].nbytes
+            return whole(*args)
 
-        setattr(dist, name, counted)
+        setattr(dist, name, partial(counted, whole=getattr(dist, name), name=name, place=place))
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -86,9 +86,9 @@ def resident() -> float:
 
 def big_config() -> LlavaConfig:
     """A tall, narrow one: its layers are nearly all of it."""
-    text = TextConfig(vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+    text = TextConfig(vocab_size=2000, hidden_size=512, intermediate_size=2048, num_hidden_layers=80)
     text.num_attention_heads = text.num_key_value_heads = 8
-    text.head_dim = 128
+    text.head_dim = 64
     vision = VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     vision.image_size, vision.patch_size = 32, 8
     return LlavaConfig(vision, text, image_token_id=1999)
@@ -140,6 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.shard:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # else glibc keeps for itself what is freed
             torch.manual_seed(0)
             Llava(big_config()).save_pretrained(f"{folder}/base")
             size = sum(path.stat().st_size for path in Path(f"{folder}/base").glob("*.safetensors")) / 1e9
@@ -167,7 +168,7 @@ def main() -> None:
         least, sent = two["embeddings"] + two["trained"], two["all_gather"] + two["all_reduce"]
         print(f"  a process hands over {two['all_gather']:,} bytes to gather and {two['all_reduce']:,} to sum")
         print(
-            f"  least: {two['embeddings']:,} (embeddings) and {two['trained']:,} (gradients); {sent / least:.4f} times that"
+            f"  least: {two['embeddings']:,} (embeddings) and {two['trained']:,} (gradients): {sent / least:.4f} times"
         )
 
 
