@@ -27,21 +27,10 @@ FILES = {"adapter_config.json", "adapter_model.safetensors", "soft_prompts.safet
 FILES |= {"training_state.json", "training_state.safetensors"}
 
 
-def command(folder: Path, out: Path, steps: int, processes: int) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29611"]
+def command(folder: Path, out: Path, steps: int) -> list[str]:
+    files = ["--data", str(folder / "train.jsonl"), "--out", str(out)]
     settings = f"--steps {steps} --batch_size 8 --micro_batch 4 --save_every 1 --keep 2 --lora_dropout 0.1 --device cpu"
-    return [
-        *launcher,
-        "train.py",
-        "--resume",
-        "--data",
-        str(folder / "train.jsonl"),
-        "--out",
-        str(out),
-        *settings.split(),
-    ]
+    return [sys.executable, "train.py", "--resume", *files, *settings.split()]
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -77,7 +66,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/kill"), help="is emptied")
     args = parser.parse_args()
@@ -87,10 +75,10 @@ def main() -> None:
     out, undisturbed, chance = args.folder / "killed", args.folder / "undisturbed", random.Random(args.seed)
 
     began = time.perf_counter()
-    start(command(folder, undisturbed.resolve(), args.steps, args.processes)).wait()
+    start(command(folder, undisturbed.resolve(), args.steps)).wait()
     whole = time.perf_counter() - began
     kills, resumed, inside, steps_seen = 0, 0, 0, []
-    arguments = command(folder, out.resolve(), args.steps, args.processes)
+    arguments = command(folder, out.resolve(), args.steps)
     while kills < args.kills:
         before = newest_step(out) if out.exists() else -1
         process = start(arguments)
