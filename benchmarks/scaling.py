@@ -86,8 +86,8 @@ def resident() -> float:
 
 def big_config() -> LlavaConfig:
     """A tall, narrow one: its layers are nearly all of it."""
-    text = TextConfig(vocab_size=2000, hidden_size=512, intermediate_size=2048, num_hidden_layers=80)
-    text.num_attention_heads = text.num_key_value_heads = 8
+    text = TextConfig(vocab_size=2000, hidden_size=768, intermediate_size=3072, num_hidden_layers=80)
+    text.num_attention_heads = text.num_key_value_heads = 12
     text.head_dim = 64
     vision = VisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     vision.image_size, vision.patch_size = 32, 8
