@@ -161,6 +161,12 @@ class Layout:
         self.image_prefix = tokenizer.begin + self.fill(self.template.user + "<image>")
         self.image_summary = len(self.image_side()) - 1
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What soft prompts depend on, in words: kept with them and compared when they are loaded."""
+        template = "{user}[image or text]\n[prompt]{assistant}[caption]{end}".format(**vars(self.template))
+        return dict(zip(("image_prompt", "text_prompt"), self.prompt_texts)) | {"template": template}
+
     def with_soft_prompts(self, soft_start: int) -> "Layout":
         return Layout(self.tokenizer, self.num_image_tokens, *self.prompt_texts, soft_start)
 

@@ -19,6 +19,7 @@ In Python:
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -46,8 +47,8 @@ from data import (
     read_sugarcrepe,
     read_winoground,
 )
-from lora import AdapterError, SoftPrompt, adapters, adapters_disabled, load_adapter
-from model import CheckpointError, Llava, LlavaConfig
+from lora import AdapterError, SoftPrompt, adapters, adapters_disabled, load_adapter, quantize
+from model import CheckpointError, Llava, LlavaConfig, canonical_name, is_unused, open_weights, weight_files
 
 ROOT = Path(__file__).parent
 TOY_MODEL = ROOT / "toy" / "tiny-llava"
@@ -62,6 +63,12 @@ class Run:
     model: Llava
     layout: Layout
     processor: ImageProcessor
+    base: str = ""  # the base model's fingerprint
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What adapters belong to, kept in their files."""
+        return self.layout.notes | {"base": self.base}
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -90,30 +97,48 @@ def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_run(folder: str | Path, device: str | None = None) -> Run:
-    """Read a Hugging Face LLaVA folder, or a run folder of train.py: its base model with its newest adapters. Raises
-    CheckpointError, DataError or AdapterError."""
+def load_run(folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None) -> Run:
+    """Read a Hugging Face LLaVA folder, or a run folder of train.py: its base model, in int8 if it was trained so, with
+    its newest adapters. Raises CheckpointError, DataError or AdapterError."""
     folder = Path(folder)
     if not (folder / "checkpoints").is_dir():
-        return load_base(folder, device)
+        return load_base(folder, device, dtype=dtype)
     settings = read_json(folder / "config.json")
     base, *prompts = (settings.get(key) for key in ("model", "image_prompt", "text_prompt"))
     newest = (folder / "checkpoints" / "latest").read_bytes().decode("ascii", "replace").strip()
     if not all(isinstance(text, str) for text in (base, *prompts)) or not re.fullmatch(r"step-\d+", newest):
         raise DataError(f"{folder}: not a complete run of train.py (config.json, checkpoints/latest)")
-    run = load_base(base, device, *prompts)
-    load_adapter(run.model, folder / "checkpoints" / newest, run.layout.image_prompt, run.layout.text_prompt)
+    run = load_base(base, device, *prompts, int8=settings.get("int8") is True, dtype=dtype)
+    load_adapter(run.model, folder / "checkpoints" / newest, run.layout.image_prompt, run.layout.text_prompt, run.notes)
     if isinstance(run.model.language_model.embed_tokens, SoftPrompt):
         run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
     return run
 
 
-def load_base(folder: str | Path, device: str | None, *prompts: str) -> Run:
+def load_base(
+    folder: str | Path, device: str | None, *prompts: str, int8: bool = False, dtype: torch.dtype | None = None
+) -> Run:
     folder, config, layout, processor = inspect_base(folder, *prompts)
-    where, dtype = pick_device(device)
-    model = Llava.from_pretrained(folder, dtype, where)
+    where, best = pick_device(device)
+    model = Llava.from_pretrained(folder, dtype or best, "cpu" if int8 else where)
     model.config.eos_token_ids = config.eos_token_ids
-    return Run(model, layout, processor)
+    if int8:  # before it moves: the GPU need not hold the whole weights
+        quantize(model)
+    return Run(model.to(where), layout, processor, fingerprint(folder, config))
+
+
+def fingerprint(folder: Path, config: LlavaConfig) -> str:
+    """SHA-256 of a checkpoint's tensors in use: names, shapes, and the first row of each in bf16. One model has one
+    fingerprint, in whatever layout, shards and precision its files are."""
+    parts = {}
+    for path in weight_files(folder):
+        with open_weights(path) as file:
+            for stored in file.keys():  # noqa: SIM118, the handle is not a dict
+                name, tensor = canonical_name(stored), file.get_slice(stored)
+                if not is_unused(name, config) and name != "lm_head.weight":  # which may be left out where it is tied
+                    row = tensor[:1].bfloat16().flatten().view(torch.uint8).numpy().tobytes()
+                    parts[name] = f"{name} {tensor.get_shape()}".encode() + row
+    return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
 
 
 def inspect_base(folder: str | Path, *prompts: str) -> tuple[Path, LlavaConfig, Layout, ImageProcessor]:

@@ -56,7 +56,7 @@ from eval import (
     print_table,
     summary,
 )
-from lora import LoRAConfig, add_lora, add_soft_prompts, freeze, save_adapter, trainable_parameters
+from lora import LoRAConfig, add_lora, add_soft_prompts, freeze, quantize, save_adapter, trainable_parameters
 from losses import (
     backward_cached,
     backward_whole,
@@ -96,6 +96,7 @@ class TrainConfig:
     lora_rank: int = setting(16, "rank of LoRA (0 switches it off)")
     lora_alpha: float = setting(16.0, "LoRA's output is scaled by alpha / rank")
     lora_dropout: float = setting(0.0, "dropout in front of LoRA")
+    int8: bool = setting(False, "hold the language model's frozen layers in int8: about half the memory of weights")
     image_prompt: str = setting(IMAGE_PROMPT, "what follows an image")
     text_prompt: str = setting(TEXT_PROMPT, "what follows a text")
     lr: float = setting(4e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
@@ -223,9 +224,11 @@ def memory_estimate(
     t, layout, bytes_per_number = llava.text, dataset.layout, dtype.itemsize
     with torch.device("meta"):  # shapes without memory
         run = Run(Llava(llava), layout, dataset.processor)
+        if config.int8:
+            quantize(run.model)
     add_adapters(run, config)
     trainable = sum(p.numel() for p in trainable_parameters(run.model).values())
-    total = sum(p.numel() for p in run.model.parameters())
+    frozen = [p for p in run.model.parameters() if not p.requires_grad]
     heads = (2 * t.num_attention_heads + 2 * t.num_key_value_heads) * t.head_dim
     layer = 2 * t.hidden_size + heads + 2 * t.intermediate_size + 7 * config.lora_rank
     if config.lora_rank and config.lora_dropout:
@@ -245,7 +248,7 @@ def memory_estimate(
         tokens = sum(chunk.numel() for chunk in chunks) * config.batch_size / len(samples)
     rows = min(max(256, 2**27 // (4 * t.vocab_size)), batch.num_tokens)
     parts = {
-        "weights": (total - trainable) * bytes_per_number,
+        "weights": sum(p.numel() * (1 if p.dtype == torch.int8 else bytes_per_number) for p in frozen),
         "adapters, their gradients and AdamW": trainable * 16,
         "activations": tokens * token * bytes_per_number,
         "image features": config.batch_size * llava.num_image_tokens * t.hidden_size * bytes_per_number,
@@ -319,7 +322,7 @@ def train(run: Run, config: TrainConfig, dataset: CaptionDataset, out: Path) -> 
             shown += f", temperature {line['temperature']:.3f}, {line['pairs_per_second']:.0f} pairs/s"
             progress.set_postfix_str("loss " + shown, refresh=False)
             if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-                save_checkpoint(out, step + 1, model, config)
+                save_checkpoint(out, step + 1, run)
     model.eval()
     if config.compile:  # generation has shapes of its own
         for layer in model.language_model.layers:
@@ -334,12 +337,11 @@ def compile_layers(model: Llava) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
-def save_checkpoint(out: Path, step: int, model: nn.Module, config: TrainConfig) -> None:
+def save_checkpoint(out: Path, step: int, run: Run) -> None:
     """Write checkpoints/step-N under a temporary name, rename it, then let `latest` name it."""
     folder, temporary = out / "checkpoints" / f"step-{step}", out / "checkpoints" / f"step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    notes = {"image_prompt": config.image_prompt, "text_prompt": config.text_prompt, "step": str(step)}
-    save_adapter(model, temporary, notes)
+    save_adapter(run.model, temporary, run.notes)
     os.replace(temporary, folder)
     latest = out / "checkpoints" / "latest"
     latest.with_suffix(".tmp").write_text(folder.name + "\n")
@@ -416,19 +418,21 @@ def job(config: TrainConfig) -> None:
     started = time.perf_counter()
     out = Path(config.out)
     check_run_folder(out)
+    device, fastest = pick_device(config.device or None)
+    dtype = torch.float32 if fastest == torch.float16 else fastest
+    why = {torch.bfloat16: "the GPU has it", torch.float16: "the GPU has no bf16, and fp16 would need scaled losses"}
+    chosen = f"{device} ({'as asked for' if config.device else 'the best device here'})"
+    print(f"training on {chosen} in {str(dtype)[6:]} ({why.get(fastest, 'what CPUs and MPS compute well')})")
     score = None if config.data else toy_world(config)
     prompts = config.image_prompt, config.text_prompt
     _, llava, layout, processor = inspect_base(config.model, *prompts)
     dataset = CaptionDataset(config.data, layout, processor, config.image_root or None, config.contrast)
-    device, dtype = pick_device(config.device or None)
     print_memory(memory_estimate(config, llava, dataset, device, dtype), free_memory(device))
-    run = load_base(config.model, config.device or None, *prompts)
+    run = load_base(config.model, config.device or None, *prompts, int8=config.int8, dtype=dtype)
     if device.type == "mps" and config.checkpoint_layers and config.lora_dropout:
         raise DataError(
             "on MPS dropout masks cannot be drawn again: use --checkpoint_layers or --lora_dropout, not both"
         )
-    if run.model.dtype == torch.float16:
-        raise DataError("this GPU has no bf16, and fp16 is not implemented for training; use another or --device cpu")
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{config.model}: {count / 1e6:.1f} M parameters on {run.model.device} in {str(run.model.dtype)[6:]}")
     before, found_before = measure(run, config, score)

@@ -171,12 +171,14 @@ def test_saved_and_loaded_is_bitwise_the_same(base, tmp_path):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"peft_type": "IA3"}, "only 'LORA'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"use_dora": True}, "use_dora is True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"target_modules": ["none_of_them"]}, "is no LoRA"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"a_key_of_the_future": True}, "a_key_of_the_future is True"),
         ({"lora_alpha": float("inf")}, "alpha inf"),
         ({"r": 10**12}, "rank 1000000000000"),
         ({"r": 0}, "rank 0"),
@@ -212,10 +214,10 @@ def test_renamed_and_missing_tensors_are_listed(base, tmp_path):
 
 
 def group(layers, bias, dtype=torch.float32):
-    """The tensors of several LoRA layers with one input of 6: weight (out, 6), bias, A (3, 6), B (out, 3)."""
+    """The tensors of several LoRA layers with one input of 6: weight (out, 6), absmax, bias, A (3, 6), B (out, 3)."""
     made = []
     for out in range(4, 4 + layers):
-        made += [torch.randn(out, 6), torch.randn(out) if bias else None, torch.randn(3, 6), torch.randn(out, 3)]
+        made += [torch.randn(out, 6), None, torch.randn(out) if bias else None, torch.randn(3, 6), torch.randn(out, 3)]
     return [None if tensor is None else tensor.to(dtype) for tensor in made]
 
 
@@ -229,14 +231,14 @@ def test_lean_lora_is_the_reference(layers, bias, with_recipe, shape):
     for lean in (True, False):
         inputs = [source.clone().requires_grad_()]
         flat = [
-            None if tensor is None else tensor.clone().requires_grad_(i % 4 > 1) for i, tensor in enumerate(tensors)
+            None if tensor is None else tensor.clone().requires_grad_(i % 5 > 2) for i, tensor in enumerate(tensors)
         ]
         inputs += [tensor for tensor in flat if tensor is not None and tensor.requires_grad]
         x = torch.sin(inputs[0])
         if lean:
             outputs = LeanLoRA.apply(x, (torch.sin, (inputs[0],)) if with_recipe else None, 0.7, *flat)
         else:
-            outputs = [lora_linear(x, *flat[i : i + 4], 0.7) for i in range(0, len(flat), 4)]
+            outputs = [lora_linear(x, *flat[i : i + 5], 0.7) for i in range(0, len(flat), 5)]
         sum((y.square() * (i + 1)).sum() for i, y in enumerate(outputs)).backward()
         results.append((*outputs, *(tensor.grad for tensor in inputs)))
     for ours, theirs in zip(*results):
@@ -246,10 +248,10 @@ def test_lean_lora_is_the_reference(layers, bias, with_recipe, shape):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_lean_lora_passes_gradcheck(layers):
     x, tensors = torch.randn(3, 6, dtype=torch.float64, requires_grad=True), group(layers, False, torch.float64)
-    trained = [tensor.requires_grad_() for i, tensor in enumerate(tensors) if i % 4 > 1]
+    trained = [tensor.requires_grad_() for i, tensor in enumerate(tensors) if i % 5 > 2]
 
     def run(x, *trained):
-        flat = [trained[i // 4 * 2 + i % 4 - 2] if i % 4 > 1 else tensor for i, tensor in enumerate(tensors)]
+        flat = [trained[i // 5 * 2 + i % 5 - 3] if i % 5 > 2 else tensor for i, tensor in enumerate(tensors)]
         return LeanLoRA.apply(x, None, 0.5, *flat)
 
     assert torch.autograd.gradcheck(run, (x, *trained))
@@ -257,12 +259,12 @@ def test_lean_lora_passes_gradcheck(layers):
 
 def test_lean_lora_on_the_first_layer_that_needs_gradients():
     """An input without gradient, as embeddings are without soft prompts, gets none; A and B get theirs."""
-    x, (weight, _, A, B) = torch.randn(4, 6), group(1, False)
+    x, (weight, _, _, A, B) = torch.randn(4, 6), group(1, False)
     A.requires_grad_(), B.requires_grad_()
-    LeanLoRA.apply(x, None, 0.5, weight, None, A, B)[0].square().sum().backward()
+    LeanLoRA.apply(x, None, 0.5, weight, None, None, A, B)[0].square().sum().backward()
     ours = A.grad.clone(), B.grad.clone()
     A.grad = B.grad = None
-    lora_linear(x, weight, None, A, B, 0.5).square().sum().backward()
+    lora_linear(x, weight, None, None, A, B, 0.5).square().sum().backward()
     torch.testing.assert_close(ours, (A.grad, B.grad))
 
 
