@@ -250,13 +250,16 @@ ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, 
 def save_adapter(model: nn.Module, folder: str | Path, notes: dict[str, str] | None = None) -> None:
     """Write what was added to the model. `notes` say what it was trained on, such as the prompts' text and a hash of
     the base model: they are kept in the files' metadata, and `load_adapter` compares them."""
-    folder, notes = Path(folder), notes or {}
+    folder, metadata = (
+        Path(folder),
+        {"trained_on": json.dumps(notes or {})},
+    )  # of several keys the order would be random
     folder.mkdir(parents=True, exist_ok=True)
     lora = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
     if lora:
         config = next(module.config for module in adapters(model).values() if isinstance(module, LoRALinear))
         lora = {f"base_model.model.model.{name}": tensor for name, tensor in lora.items()}
-        save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"} | notes)
+        save_file(lora, folder / "adapter_model.safetensors", metadata=metadata)
         raw = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
         raw |= {"use_rslora": config.use_rslora, "bias": "none", "inference_mode": True}
         # A regular expression: a plain list of names would also match layers of the vision tower.
@@ -264,7 +267,7 @@ def save_adapter(model: nn.Module, folder: str | Path, notes: dict[str, str] | N
         (folder / "adapter_config.json").write_text(json.dumps(raw, indent=2) + "\n")
     if isinstance(embedding := model.language_model.embed_tokens, SoftPrompt):
         tensors = {f"soft_prompt.{side}": getattr(embedding, side).detach().cpu() for side in ("image", "text")}
-        save_file(tensors, folder / "soft_prompts.safetensors", metadata=notes)
+        save_file(tensors, folder / "soft_prompts.safetensors", metadata=metadata)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, image_prompt: list[int], text_prompt: list[int], notes=None):
@@ -318,18 +321,17 @@ def lora_name(stored: str) -> str:
 
 
 def read_tensors(path: Path, notes: dict[str, str] | None) -> dict[str, torch.Tensor]:
-    """All tensors, under our names, of a file whose metadata has none of the notes, or the same ones."""
+    """All tensors, under our names, of a file that was trained on what the notes say, or does not say on what."""
     try:
         with safe_open(path, framework="pt") as file:
-            stored, metadata = list(file.keys()), file.metadata() or {}
+            stored, found = list(file.keys()), dict(json.loads((file.metadata() or {}).get("trained_on", "{}")))
             tensors = {lora_name(name): file.get_tensor(name) for name in stored}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a safetensors file ({error})") from None
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path}: not a safetensors file of an adapter ({error})") from None
     if len(tensors) < len(stored):  # under its old and its new name, for example
         raise AdapterError(f"{path}: holds tensors twice, under different names: {sorted(stored)[:4]}, ...")
-    found = {key: metadata.get(key) for key in notes or {}}
-    if any(found.values()) and found != notes:
-        faults = [f"{key} was {found[key]!r} and is {notes[key]!r}" for key in notes if found[key] != notes[key]]
+    notes = {key: note for key, note in (notes or {}).items() if found and found.get(key) != note}
+    if faults := [f"{key} was {found.get(key)!r} and is {note!r}" for key, note in notes.items()]:
         raise AdapterError(
             f"{path}: {'; '.join(faults)}; use the base model and the prompts of training, or train anew"
         )
