@@ -250,15 +250,11 @@ ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, 
 def save_adapter(model: nn.Module, folder: str | Path, notes: dict[str, str] | None = None) -> None:
     """Write what was added to the model. `notes` say what it was trained on, such as the prompts' text and a hash of
     the base model: they are kept in the files' metadata, and `load_adapter` compares them."""
-    folder, metadata = (
-        Path(folder),
-        {"trained_on": json.dumps(notes or {})},
-    )  # of several keys the order would be random
+    folder, metadata = Path(folder), {"trained_on": json.dumps(notes or {})}  # one key: the order of more is random
     folder.mkdir(parents=True, exist_ok=True)
-    lora = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
-    if lora:
+    named, base = model.named_parameters(), "base_model.model.model."
+    if lora := {base + name: parameter.detach().cpu() for name, parameter in named if ".lora_" in name}:
         config = next(module.config for module in adapters(model).values() if isinstance(module, LoRALinear))
-        lora = {f"base_model.model.model.{name}": tensor for name, tensor in lora.items()}
         save_file(lora, folder / "adapter_model.safetensors", metadata=metadata)
         raw = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
         raw |= {"use_rslora": config.use_rslora, "bias": "none", "inference_mode": True}
@@ -332,9 +328,7 @@ def read_tensors(path: Path, notes: dict[str, str] | None) -> dict[str, torch.Te
         raise AdapterError(f"{path}: holds tensors twice, under different names: {sorted(stored)[:4]}, ...")
     notes = {key: note for key, note in (notes or {}).items() if found and found.get(key) != note}
     if faults := [f"{key} was {found.get(key)!r} and is {note!r}" for key, note in notes.items()]:
-        raise AdapterError(
-            f"{path}: {'; '.join(faults)}; use the base model and the prompts of training, or train anew"
-        )
+        raise AdapterError(f"{path}: {'; '.join(faults)}; use the base model and prompts of training, or train anew")
     return tensors
 
 

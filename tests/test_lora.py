@@ -458,8 +458,8 @@ def test_int8_rounds_to_the_nearest_step():
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_int8_model_trains_and_keeps_no_whole_weights(base, rank):
-    """On int8 layers, with LoRA and with soft prompts alone, gradients are those of the model that holds the same values
-    as whole weights; autograd keeps no tensor of a weight's size but the int8 ones."""
+    """On int8 layers, with LoRA and with soft prompts alone, gradients are those of the model with the same values as
+    whole weights; autograd keeps no tensor of a weight's size but the int8 ones."""
     model, folder, _ = base
     quantize(model)
     whole = Llava.from_pretrained(folder)
