@@ -4,6 +4,7 @@
     python train.py --model llava-1.5-7b-hf --data captions.jsonl --out runs/mine \\
         --lr 1e-4 --soft_lr 1e-3 --caption_share 1 --batch_size 16
     python train.py --help                 every setting, with its default
+    python train.py check                  is everything here that the toy job needs?
 
 Contrastive loss on short captions + autoregressive loss on long ones, the image side of both in one forward pass; soft
 prompts + LoRA learn, everything else is frozen. A run folder holds config.json, log.jsonl, results.json, pictures and
@@ -22,6 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and sys.argv[1:] == ["check"]:  # first of all: what is imported below may be missing
+    from toy.check import main as check
+
+    sys.exit(check())
 
 import torch
 from torch import nn
