@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import io
 import re
 import shutil
 import sys
@@ -116,7 +117,7 @@ def step_and_caption() -> Iterator[str]:
 
     with tempfile.TemporaryDirectory() as temporary:
         config = train.TrainConfig(batch_size=16)
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # it reports on the whole world
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             folder = world.build(Path(temporary) / "data", train_scenes=32, test_scenes=4)
         run = load_base(CHECKPOINT, None, dtype=torch.float32)
         words = caption(run, [open_image(next((folder / "images" / "test").glob("*.png")))])[0]
@@ -136,7 +137,7 @@ def step_and_caption() -> Iterator[str]:
         raise Problem(f"step: the loss went from {losses[0]} to {losses[1]}: please report it, with this output")
     minutes = seconds * train.TrainConfig.steps / 60
     yield f"step: the loss fell from {losses[0]:.3f} to {losses[1]:.3f}"
-    yield f"at this pace `python train.py` trains for {minutes:.0f} minutes, and takes half of that again for its tables"
+    yield f"at this pace `python train.py` trains for {minutes:.0f} minutes, its tables take half of that again"
     if "there are" not in words:
         raise Problem(f"caption: {words!r} is no description: please report it, with this output")
     yield f"caption: {words}"
