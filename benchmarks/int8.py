@@ -60,7 +60,7 @@ def print_memory() -> dict:
     config, _, _ = SIZES["7B"]
     whole, small = bytes_of_weights(config, False), bytes_of_weights(config, True)
     print(
-        f"LLaVA-1.5-7B, weights: {whole / 1e9:.2f} GB in bf16, {small / 1e9:.2f} with --int8, a share of {small / whole:.3f}"
+        f"LLaVA-1.5-7B, weights: {whole / 1e9:.2f} GB in bf16, {small / 1e9:.2f} with --int8, {small / whole:.3f} times"
     )
     largest = 2 * config.text.intermediate_size * config.text.hidden_size / 1e9
     print(f"  (and while it is used one layer's whole weight, at most {largest:.2f} GB)")
