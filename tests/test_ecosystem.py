@@ -1,5 +1,8 @@
 """examples/mteb_model.py and examples/clip_benchmark_model.py: other people's harnesses count what eval.py counts."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from data import read_karpathy
@@ -46,3 +49,15 @@ def test_mteb_counts_what_we_count(small_world, ours):
         for k in (1, 5, 10):
             assert 100 * theirs[f"{way} hit_rate_at_{k}"] == pytest.approx(ours[f"{way}_r{k}"], abs=1e-2)
     assert theirs["i2t recall_at_1"] <= 0.2  # one of five captions
+
+
+def test_the_readme_points_at_tests_that_exist():
+    """Every test that README.md names or links as a proof is there."""
+    project = Path(__file__).parent.parent
+    readme = (project / "README.md").read_text()
+    named = re.findall(r"(test_\w+\.py)::(\w+)", readme)
+    linked = re.findall(r"\]\((tests/test_\w+\.py)\)", readme)
+    assert len(named) >= 6 and len(linked) >= 12
+    assert all((project / path).is_file() for path in linked)
+    for file, name in named:
+        assert f"def {name}(" in (project / "tests" / file).read_text(), f"{file}::{name}"
