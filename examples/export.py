@@ -26,14 +26,9 @@ from data import DataError, read_json
 from eval import ROOT, USER_ERRORS, Run, load_run, summary
 from lora import SoftPrompt, merge_lora
 
-COPIED = (
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*processor_config.json",
-    "chat_template.*",
-)
-COPIED += ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# What is copied from the base model: processor, tokenizer (not tokenizer.model, which would lack the prompts), licence.
+COPIED = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*processor_config.json")
+COPIED += ("chat_template.*", "LICENSE*", "NOTICE*", "USE_POLICY*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,10 +46,12 @@ def export(run_folder: Path, out: Path, dtype: torch.dtype | None = None, senten
     run = load_run(run_folder, "cpu", dtype)
     merge_lora(run.model)
 
-    known = run.tokenizer.tokenizer.get_vocab().values()
-    sides = {"image": run.layout.image_prompt, "text": run.layout.text_prompt}
-    names = [f"<{side}_prompt_{i}>" for side, prompt in sides.items() for i in range(len(prompt))]
-    tokens = dict(zip(names, range(max(known) + 1, max(known) + 1 + len(names))))
+    known = run.tokenizer.tokenizer.get_vocab()
+    first = max(known.values()) + 1
+    start = first if "<image_prompt_0>" in known else 0  # where the base model was such an export itself
+    lengths = {"image": len(run.layout.image_prompt), "text": len(run.layout.text_prompt)}
+    names = {side: [f"<{side}_prompt_{start + i}>" for i in range(length)] for side, length in lengths.items()}
+    tokens = {name: first + i for i, name in enumerate(names["image"] + names["text"])}
     vocabulary = run.model.config.text.vocab_size
     add_rows(run, list(tokens.values()))
     run.model.save_pretrained(out)
@@ -64,11 +61,8 @@ def export(run_folder: Path, out: Path, dtype: torch.dtype | None = None, senten
             shutil.copyfile(path, out / path.name)
     add_tokens(out, tokens)
     write_settings(out, base, run, [token for token in tokens.values() if token >= vocabulary])
-    user, mark = (
-        run.layout.template.user,
-        {side: "".join(n for n in names if n.startswith(f"<{side}")) for side in sides},
-    )
-    prompts = {"image": f"{user}<image>{mark['image']}", "text": f"{user}{{text}}{mark['text']}"}
+    user, image, text = run.layout.template.user, "".join(names["image"]), "".join(names["text"])
+    prompts = {"image": f"{user}<image>{image}", "text": f"{user}{{text}}{text}"}
     write_json(out / "prompts.json", prompts)
     (out / "README.md").write_text(model_card(run_folder, settings, prompts), encoding="utf-8")
     if sentence_transformers:

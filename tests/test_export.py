@@ -171,6 +171,17 @@ def test_real_tokenizer_and_padded_vocabulary(random_run, real_file, tmp_path):
     assert tokenizer.convert_ids_to_tokens(32002) == "<image_prompt_0>"
 
 
+def test_a_run_on_an_export_exports_again(small_world, trained, tmp_path):
+    """An exported folder is a base model for train.py; the prompts of its run get names of their own."""
+    export(trained, tmp_path / "first")
+    settings = ["--model", str(tmp_path / "first"), "--data", str(small_world / "train.jsonl"), "--steps", "1"]
+    train.main([*settings, "--batch_size", "4", "--device", "cpu", "--out", str(tmp_path / "run")])
+    export(tmp_path / "run", tmp_path / "second")
+    ours, theirs = load_run(tmp_path / "run", "cpu"), Transformers(tmp_path / "second")
+    assert (theirs.texts(TEXTS) - encode_text(ours, TEXTS)).abs().max() < 1e-4
+    assert "<image_prompt_0>" not in theirs.prompts["image"]
+
+
 def test_what_cannot_be_exported_is_said(trained, tmp_path):
     """A base model has no adapters, and an existing folder is left alone."""
     with pytest.raises(DataError, match="not a run of train.py"):
