@@ -134,6 +134,7 @@ def write_sentence_transformers(out: Path, prompts: dict[str, str], dimension: i
         "transformer_task": "feature-extraction",
         "modality_config": {"text": method, "image": method, "message": method | {"format": "structured"}},
         "module_output_name": "token_embeddings",
+        "processor_kwargs": {"backend": "pil"},  # where torchvision is installed, it would be preferred
         "processing_kwargs": {"chat_template": {"chat_template": template}},
     }
     modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
@@ -180,7 +181,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 model = LlavaForConditionalGeneration.from_pretrained(folder)
-processor = AutoProcessor.from_pretrained(folder)  # its PIL backend is what training used
+processor = AutoProcessor.from_pretrained(folder, backend="pil")  # as in training; torchvision resizes otherwise
 inputs = processor(images=image, text="{image}", return_tensors="pt")
 with torch.no_grad():
     hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]  # (1, T, D)

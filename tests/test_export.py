@@ -46,7 +46,7 @@ class Transformers:
     def __init__(self, folder):
         transformers = pytest.importorskip("transformers")
         self.model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-        self.processor = transformers.AutoProcessor.from_pretrained(folder, use_fast=False)
+        self.processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
         self.processor.tokenizer.padding_side = "left"
         self.prompts = json.loads((folder / "prompts.json").read_text())
 
