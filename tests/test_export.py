@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import edit_json
 from PIL import Image
+from test_data import tiny_qwen
 
 import train
 from data import DataError
@@ -169,6 +170,28 @@ def test_real_tokenizer_and_padded_vocabulary(random_run, real_file, tmp_path):
     added = json.loads((tmp_path / "out" / "added_tokens.json").read_text())
     assert added["<text_prompt_0>"] == 32002 + len(layout.image_prompt)
     assert tokenizer.convert_ids_to_tokens(32002) == "<image_prompt_0>"
+
+
+def test_qwens_tokenizer_and_template(random_run, tmp_path):
+    """ChatML, byte-level tokens, no beginning-of-text token, three spare rows in the table."""
+    tokenizer, folder = tiny_qwen(), tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    config |= {"extra_special_tokens": {"image_token": "<image>"}, "additional_special_tokens": ["<|im_start|>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    size, ids = tokenizer.get_vocab_size(), [tokenizer.token_to_id(token) for token in ("<image>", "<|endoftext|>")]
+    options = {
+        "vision": "siglip",
+        "text": "qwen2",
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+    }
+    ours, theirs = agree(random_run(folder, ids, size + 3, **options), tmp_path)
+    assert theirs.prompts["image"].startswith("<|im_start|>user <image><image_prompt_0>")
+    assert theirs.model.lm_head.weight.shape[0] == size + len(ours.layout.prompt_ids)
+    exported = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert exported["additional_special_tokens"][:2] == ["<|im_start|>", "<image_prompt_0>"]
 
 
 def test_a_run_on_an_export_exports_again(small_world, trained, tmp_path):

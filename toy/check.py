@@ -44,7 +44,7 @@ def python() -> Iterator[str]:
 def packages() -> Iterator[str]:
     """Those of pyproject.toml: there, importable, and of a version in its range."""
     listed = re.search(r"dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
-    tested = dict(re.findall(r"^(\w+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    tested = re.findall(r"^(\w+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     found, faults = [], []
     for name, bounds in re.findall(r'"(\w+)([^"]*)"', listed):
         try:
@@ -56,9 +56,8 @@ def packages() -> Iterator[str]:
         low, high = re.search(r">=([\d.]+)", bounds), re.search(r"<([\d.]+)", bounds)
         if (low and numbers(version) < numbers(low[1])) or (high and numbers(version) >= numbers(high[1])):
             faults.append(f"{name} is {version}, needed is {bounds}")
-        found.append(
-            f"{name} {version}" + ("" if tested.get(name) == version.split("+")[0] else " (not the one tested)")
-        )
+        is_tested = (name, version.split("+")[0]) in tested
+        found.append(f"{name} {version}" + ("" if is_tested else " (not the one tested)"))
     if faults:
         raise Problem("; ".join(faults) + f": run `{INSTALL}`")
     yield ", ".join(found)
