@@ -27,7 +27,7 @@ import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,16 @@ def sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
+    """Replace a file, by a text or by what a function writes, so that the old one or the new one is there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(content) if isinstance(content, str) else content(temporary)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
 
 
 def inside(root: Path, name: str) -> Path:
@@ -168,6 +178,12 @@ class Layout:
             self.image_prompt, self.text_prompt = soft[: len(self.image_prompt)], soft[len(self.image_prompt) :]
         self.image_prefix = tokenizer.begin + self.fill(self.template.user + "<image>")
         self.image_summary = len(self.image_side()) - 1
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What soft prompts depend on, in words: kept with them and compared when they are loaded."""
+        template = "{user}[image or text]\n[prompt]{assistant}[caption]{end}".format(**vars(self.template))
+        return dict(zip(("image_prompt", "text_prompt"), self.prompt_texts)) | {"template": template}
 
     def with_soft_prompts(self, soft_start: int) -> "Layout":
         return Layout(self.tokenizer, self.num_image_tokens, *self.prompt_texts, soft_start)
@@ -524,8 +540,6 @@ def collate(
 
 
 # ---- Test sets, in the formats that their authors publish
-
-
 @contextmanager
 def fields_of(path: str | Path) -> Iterator[None]:
     """Turn what a file of another shape runs into, a missing key or a wrong type, into a DataError that names it."""

@@ -41,22 +41,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import (
-    IGNORE,
-    CaptionDataset,
-    DataError,
-    ImageProcessor,
-    Layout,
-    TextTokenizer,
-    collate,
-    open_image,
-    read_imagenet,
-    read_json,
-    read_retrieval,
-    read_sugarcrepe,
-    read_winoground,
-)
-from lora import AdapterError, SoftPrompt, adapters, load_adapter
+import data
+from data import DataError, ImageProcessor, Layout, TextTokenizer, open_image, read_json
+from lora import AdapterError, SoftPrompt, adapters, load_adapter, quantize
 from model import CheckpointError, Llava, LlavaConfig
 
 ROOT = Path(__file__).parent
@@ -72,6 +59,12 @@ class Run:
     model: Llava
     layout: Layout
     processor: ImageProcessor
+    base: str = ""  # the base model's hash
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What adapters belong to, kept in their files."""
+        return self.layout.notes | {"base": self.base}
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -102,15 +95,13 @@ def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_run(folder: str | Path, device: str | None = None, *prompts: str) -> Run:
+def load_run(folder: str | Path, device: str | None = None, *prompts: str, dtype: torch.dtype | None = None) -> Run:
     """Read a Hugging Face LLaVA folder, to be used with the paper's prompts or others (the image's, the text's), or a
-    run folder of train.py: its base model with its newest adapters, and the prompts that they were trained with.
-
-    Raises CheckpointError, DataError or AdapterError.
-    """
+    run folder of train.py: its base model, in int8 if it was trained so, with its newest adapters, and the prompts that
+    they were trained with. Raises CheckpointError, DataError or AdapterError."""
     folder = Path(folder)
     if not (folder / "checkpoints").is_dir():
-        return load_base(folder, device, *prompts)
+        return load_base(folder, device, *prompts, dtype=dtype)
     if prompts:
         raise DataError(f"{folder}: a run keeps the prompts it was trained with; others are for LLaVA folders")
     settings = read_json(folder / "config.json")
@@ -118,19 +109,33 @@ def load_run(folder: str | Path, device: str | None = None, *prompts: str) -> Ru
     newest = (folder / "checkpoints" / "latest").read_bytes().decode("ascii", "replace").strip()
     if not all(isinstance(text, str) for text in (base, *prompts)) or not re.fullmatch(r"step-\d+", newest):
         raise DataError(f"{folder}: not a complete run of train.py (config.json, checkpoints/latest)")
-    run = load_base(base, device, *prompts)
-    load_adapter(run.model, folder / "checkpoints" / newest, run.layout.image_prompt, run.layout.text_prompt)
+    run = load_base(base, device, *prompts, int8=settings.get("int8") is True, dtype=dtype)
+    load_adapter(run.model, folder / "checkpoints" / newest, run.layout.image_prompt, run.layout.text_prompt, run.notes)
     if isinstance(run.model.language_model.embed_tokens, SoftPrompt):
         run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
     return run
 
 
-def load_base(folder: str | Path, device: str | None, *prompts: str) -> Run:
+def load_base(folder: str | Path, device=None, *prompts: str, int8=False, dtype=None, mapped=False) -> Run:
+    """`mapped` leaves the weights on the CPU, as their file is, of which pages are read when they are needed."""
     folder, config, layout, processor = inspect_base(folder, *prompts)
-    where, dtype = pick_device(device)
-    model = Llava.from_pretrained(folder, dtype, where)
-    model.config.eos_token_ids = config.eos_token_ids
-    return Run(model, layout, processor)
+    where, best = pick_device(device)
+    model = Llava.from_pretrained(folder, None if mapped else dtype or best, "cpu" if int8 or mapped else where)
+    model.config.eos_token_ids, base = config.eos_token_ids, base_hash(model)
+    if int8:  # before it moves: the GPU need not hold the whole weights
+        quantize(model)
+    return Run(model if mapped else model.to(where), layout, processor, base)
+
+
+def base_hash(model: Llava) -> str:
+    """SHA-256 of the names and shapes of a model's tensors, and of the first row of each in bf16: the same in whatever
+    layout, shards and precision its files are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        if name != "lm_head.weight":  # where it is tied, it has no name of its own
+            row = tensor.detach()[:1].bfloat16().cpu().flatten().view(torch.uint8)
+            digest.update(f"{name} {list(tensor.shape)}".encode() + row.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def inspect_base(folder: str | Path, *prompts: str) -> tuple[Path, LlavaConfig, Layout, ImageProcessor]:
@@ -153,8 +158,6 @@ def inspect_base(folder: str | Path, *prompts: str) -> tuple[Path, LlavaConfig, 
 
 
 # ---- Embeddings: the last hidden state at the summary position, at unit length. Axes: B batch, T tokens, D hidden.
-
-
 def encode_image(run: Run, images: list[Image.Image], batch_size: int = 64) -> torch.Tensor:
     """RGB images -> (B, D) fp32 on the CPU, unit length."""
     return encode(run, [run.layout.image_side()] * len(images), images, batch_size)
@@ -210,7 +213,7 @@ class Embeddings:
         before = dict(self.files)
         keys = [self.digest(path) for path in tqdm(paths, desc="looking at pictures", delay=2, leave=False)]
         if self.folder and self.files != before:
-            write_atomically(self.index, lambda path: path.write_text(json.dumps(self.files)))
+            data.write_whole(self.index, json.dumps(self.files))
         load = lambda path: self.run.processor(open_image(path))  # noqa: E731  (small at once)
         return self.look_up(keys, paths, 64, "pictures", load, encode_image)
 
@@ -253,7 +256,7 @@ class Embeddings:
             if self.folder:
                 digests = torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8).view(len(part), -1)
                 path = self.folder / f"{next(iter(part)).hex()}.safetensors"
-                write_atomically(path, partial(save_file, {"keys": digests, "vectors": vectors}))
+                data.write_whole(path, partial(save_file, {"keys": digests, "vectors": vectors}))
         return torch.stack([self.known[key] for key in keys])
 
     def share(self, items: list, encode: Callable) -> torch.Tensor:
@@ -283,16 +286,7 @@ def fingerprint(run: Run) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 # ---- Metrics, all in percent. A tie never counts as a success: equal embeddings must not score by luck.
-
-
 def recall_at_k(scores: torch.Tensor, image_of_text: torch.Tensor, ks=(1, 5, 10)) -> dict[str, float]:
     """Retrieval in both directions; ties are counted against the model.
     scores (texts, images), image_of_text (texts,): the image that each text describes -> "t2i_r1", ...: texts whose
@@ -372,10 +366,8 @@ def imagenet(embeddings: Embeddings, items: tuple, templates: list[str] | None =
 
 
 def cider_d(generated: list[str], references: list[list[str]]) -> dict[str, float]:
-    """CIDEr-D (arXiv 1411.5726) in the usual percent: agreement in the n-grams, n = 1 to 4, that few images share.
-
-    As in the authors' code, but that words are runs of letters, digits and apostrophes (theirs: Stanford's tokenizer).
-    """
+    """CIDEr-D (arXiv 1411.5726) in the usual percent: agreement in the n-grams, n = 1 to 4, that few images share. As
+    in the authors' code, but that words are runs of letters, digits and apostrophes (theirs: Stanford's tokenizer)."""
 
     def grams(text: str, n: int) -> Counter:
         words = re.findall(r"[\w']+", text.lower())
@@ -398,8 +390,6 @@ def cider_d(generated: list[str], references: list[list[str]]) -> dict[str, floa
 
 
 # ---- Captions
-
-
 def caption(
     run: Run, images: list[Image.Image], question: str | None = None, max_new_tokens: int = 256, temperature: float = 0
 ) -> list[str]:
@@ -431,20 +421,20 @@ def captioning(
     prompt, right, total, generated, references = layout.image_side(), 0, 0, [], []
     room = room_for_answer(run, prompt, 128)
     if path.suffix == ".json":
-        items = [item for item in read_retrieval(path, images) if item[1]]
+        items = [item for item in data.read_retrieval(path, images) if item[1]]
     else:
-        items = CaptionDataset(path, layout, run.processor, images)
+        items = data.CaptionDataset(path, layout, run.processor, images)
     count = min(limit, len(items))
     for start in tqdm(range(0, count, 64), desc="captioning", delay=2, leave=False):
         part = [items[i] if path.suffix == ".json" else items[i, 0] for i in range(start, min(start + 64, count))]
         if path.suffix == ".json":
             pixels, captions = [run.processor(open_image(image)) for image, _ in part], [texts for _, texts in part]
         else:
-            batch = collate(part, layout, micro_batch=32)
+            batch = data.collate(part, layout, micro_batch=32)
             if batch.skipped:
                 raise DataError(f"{path}: {batch.skipped[0]}")
             for chunk in (chunk.to(run.model.device) for chunk in batch.images):
-                known = chunk.labels != IGNORE
+                known = chunk.labels != data.IGNORE
                 predicted = run.model.logits(run.model(chunk.input_ids, chunk.pixel_values)[known]).argmax(-1)
                 right += (predicted == chunk.labels[known]).sum().item()
             total += batch.num_tokens
@@ -462,13 +452,8 @@ def captioning(
 
 # ---- A set of tests, and how its results are shown
 
-TESTS = {
-    "retrieval": retrieval,
-    "sugarcrepe": sugarcrepe,
-    "sugarcrepe++": sugarcrepe_pp,
-    "winoground": winoground,
-    "imagenet": imagenet,
-}
+TESTS = {"retrieval": retrieval, "sugarcrepe": sugarcrepe, "sugarcrepe++": sugarcrepe_pp, "winoground": winoground}
+TESTS["imagenet"] = imagenet
 SUGARCREPE = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
 PAIR, TRIPLE = ("caption", "negative_caption"), ("caption", "caption2", "negative_caption")  # SugarCrepe's, and ++'s
 SIZES = {  # of the published test sets: images and captions, items a file, items, images and classes
@@ -483,18 +468,18 @@ SIZES = {  # of the published test sets: images and captions, items a file, item
 def read_test(name: str, file: Path, images: Path, split="test", captions_per_image=None, classes=None):
     """One of TESTS from its authors' files: what its function wants, and how much of it there is, as in SIZES."""
     if name == "retrieval":
-        items = read_retrieval(file, images, split, captions_per_image)
+        items = data.read_retrieval(file, images, split, captions_per_image)
         return items, (len(items), sum(len(captions) for _, captions in items))
     if name == "winoground":
-        items = read_winoground(file, images)
+        items = data.read_winoground(file, images)
         return items, (len(items),)
     if name == "imagenet":
-        items = read_imagenet(file, classes)
+        items = data.read_imagenet(file, classes)
         return items, tuple(map(len, items))
     if not file.is_dir():
         raise DataError(f"{file}: is not a folder; give the one that holds {SUGARCREPE[0]}.json and the other files")
     kinds, captions = (SUGARCREPE, PAIR) if name == "sugarcrepe" else (SUGARCREPE[:5], TRIPLE)  # ++ has no add_* files
-    items = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
+    items = {kind: data.read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
     return items, tuple(map(len, items.values()))
 
 
@@ -505,8 +490,7 @@ def evaluate(embeddings: Embeddings, tests: Path, score: Callable | None = None)
      "sugarcrepe": {"file": "sugar-crepe/data", "images": "val2017"}, "sugarcrepe++": {...},
      "winoground": {"file": "examples.jsonl", "images": "images"}, "captioning": {"file": "captions.jsonl"}}
 
-    Paths are relative to the file. `score` is `captioning`'s.
-    """
+    Paths are relative to the file. `score` is `captioning`'s."""
     run, tables = embeddings.run, {}
     for name, settings in read_json(tests).items():
         known = name in (*TESTS, "captioning")

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 train.py ...       the same batches on eight GPUs
     python train.py --resume --out runs/mine       go on from the newest checkpoint, as if nothing had happened
     python train.py --help                         every setting, with its default
+    python train.py check                          is everything here that the toy job needs?
 
 Contrastive loss on short captions + autoregressive loss on long ones, the image side of both in one forward pass; soft
 prompts + LoRA learn, everything else is frozen. A run folder holds config.json, log.jsonl, results.json, pictures and
@@ -27,6 +28,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial, partialmethod
 from pathlib import Path
+
+if __name__ == "__main__" and sys.argv[1:] == ["check"]:  # first of all: what is imported below may be missing
+    from toy.check import main as check
+
+    sys.exit(check())
 
 import torch
 import torch.distributed as dist
@@ -74,6 +80,7 @@ class TrainConfig:
     lora_rank: int = setting(16, "rank of LoRA (0 switches it off)")
     lora_alpha: float = setting(16.0, "LoRA's output is scaled by alpha / rank")
     lora_dropout: float = setting(0.0, "dropout in front of LoRA")
+    int8: bool = setting(False, "hold the language model's frozen layers in int8: about half the memory of weights")
     image_prompt: str = setting(IMAGE_PROMPT, "what follows an image")
     text_prompt: str = setting(TEXT_PROMPT, "what follows a text")
     lr: float = setting(4e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
@@ -91,15 +98,15 @@ class TrainConfig:
     shard: bool = setting(False, "spread the frozen layers over the processes, for a base that does not fit one GPU")
     device: str = setting("", "cpu, cuda, cuda:1, mps (empty: the best one here)")
 
-    def check(self, device: torch.device, dtype: torch.dtype) -> None:
+    def check(self, device: torch.device) -> None:
         """Raise DataError for values that cannot work, all in one message."""
-        counts, world = (self.steps, self.micro_batch), process()[1]
+        world = process()[1]
+        enough = min(self.steps, self.micro_batch) >= 1 and self.batch_size >= world
         rates = (self.lr, self.soft_lr, self.temperature_lr, self.contrastive_weight, self.ar_weight, self.weight_decay)
         dropped = self.lora_dropout and self.checkpoint_layers  # the same masks would have to be drawn again
         whole = (self.warmup, self.checkpoint_layers, self.save_every, self.keep, self.seed)
         rules = {
-            f"steps and micro_batch must be at least 1, batch_size {world}": min(counts) > 0
-            and self.batch_size >= world,
+            f"steps and micro_batch must be at least 1, batch_size {world}": enough,
             "caption_share must lie in [0, 1]": 0 <= self.caption_share <= 1,
             "lora_dropout must lie in [0, 1)": 0 <= self.lora_dropout < 1,
             "contrast must be short or long": self.contrast in ("short", "long"),
@@ -110,7 +117,7 @@ class TrainConfig:
             "lora_rank and workers must lie in [0, 4096]": all(0 <= x <= 4096 for x in (self.lora_rank, self.workers)),
             "one of the two losses needs a weight": self.contrastive_weight + self.ar_weight > 0,
             "without soft prompts and LoRA there is nothing to train": self.soft_prompts or self.lora_rank > 0,
-            "this GPU has no bf16, and fp16 is not implemented; --device cpu has fp32": dtype != torch.float16,
+            "int8 and shard exclude each other": not (self.int8 and self.shard),
             "lora_dropout and checkpoint_layers exclude each other on MPS": not (dropped and device.type == "mps"),
         }
         if faults := [rule for rule, kept in rules.items() if not kept]:
@@ -164,8 +171,7 @@ def training_step(model: nn.Module, batch: data.Batch, log_scale: torch.Tensor, 
     """Forward and backward of one batch, chunk by chunk; gradients are added to the parameters'. Returns the losses.
 
     Each image runs through the model once: its hidden state at the summary position is the embedding, and those behind
-    it predict the long caption, which the summary cannot see, since attention is causal.
-    """
+    it predict the long caption, which the summary cannot see, since attention is causal."""
     columns = list(zip(*everyone([batch.num_pairs, batch.num_tokens, len(batch.images), len(batch.texts)])))
     (num_pairs, num_tokens), (most_images, most_texts) = map(sum, columns[:2]), map(max, columns[2:])
     contrastive_weight = config.contrastive_weight if num_pairs else 0.0
@@ -312,7 +318,7 @@ def train(run: eval.Run, config: TrainConfig, dataset: data.CaptionDataset, out:
     reading["generator"] = torch.Generator()  # its own, as the global random numbers are dropout's
     bar = tqdm(DataLoader(dataset, **reading), "training", config.steps, initial=first, unit="step")
     if rank == 0:  # what was written behind the checkpoint is taken off
-        write_whole(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in past))
+        data.write_whole(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in past))
     stops = []
     on_stop(lambda number, _: stops.append(number))
     with bar, open(os.devnull if rank else out / "log.jsonl", "a", buffering=1) as log:
@@ -346,7 +352,7 @@ def train(run: eval.Run, config: TrainConfig, dataset: data.CaptionDataset, out:
             if len(skipped) > max(10, 0.01 * (step + 1) * config.batch_size):
                 raise DataError(f"{len(skipped)} records could not be used, the last one: {skipped[-1]}")
             if stop or step + 1 == config.steps or (config.save_every and not (step + 1) % config.save_every):
-                save_checkpoint(out, step + 1, model, log_scale, optimizer, config)
+                save_checkpoint(out, step + 1, run, log_scale, optimizer, config)
             if stop:
                 command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if world > 1 else "python"
                 tqdm.write(f"{signal.Signals(stop).name}: stopped behind step {step + 1}, and saved. This goes on:")
@@ -372,19 +378,10 @@ def compile_layers(model: Llava) -> None:
 
 
 # ---- Checkpoints: at every moment the folder that `latest` names is complete
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file so that the old one or the new one is there, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    data.sync(temporary)
-    os.replace(temporary, path)
-    data.sync(path.parent)
-
-
-def save_checkpoint(out: Path, step: int, model: Llava, log_scale, optimizer, config: TrainConfig) -> None:
+def save_checkpoint(out: Path, step: int, run: eval.Run, log_scale, optimizer, config: TrainConfig) -> None:
     """checkpoints/step-N with the adapters and all that it takes to go on exactly: first under a temporary name, then
     on the disk, renamed, and named by `latest`; only then are older ones deleted. Raises DataError on a full disk."""
-    states = {"rng": torch.get_rng_state()}
+    model, states = run.model, {"rng": torch.get_rng_state()}
     states |= {"rng_cuda": torch.cuda.get_rng_state(model.device)} if model.device.type == "cuda" else {}
     tensors = {name: torch.tensor(everyone(state.tolist())).byte() for name, state in states.items()}
     if process()[0] > 0:
@@ -397,15 +394,14 @@ def save_checkpoint(out: Path, step: int, model: Llava, log_scale, optimizer, co
     if free < needed:
         raise DataError(f"{folder}: {free:.1f} MB are free, {needed:.1f} needed; last good checkpoint: {newest(out)}")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before `latest` named it
-    notes = {"image_prompt": config.image_prompt, "text_prompt": config.text_prompt, "step": str(step)}
-    lora.save_adapter(model, temporary, notes)
+    lora.save_adapter(model, temporary, run.notes)
     save_file(tensors, temporary / "training_state.safetensors")
     state = {"step": step, "seed": config.seed, "processes": process()[1], "torch": torch.__version__}
     (temporary / "training_state.json").write_text(json.dumps(state) + "\n")
     for path in (*temporary.iterdir(), temporary, out / "log.jsonl"):
         data.sync(path)
     os.replace(temporary, folder)
-    write_whole(folder.parent / "latest", folder.name + "\n")
+    data.write_whole(folder.parent / "latest", folder.name + "\n")
     saved = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name[5:]))
     for path in saved[: -config.keep] if config.keep else []:
         shutil.rmtree(path)
@@ -446,7 +442,7 @@ def add_adapters(run: eval.Run, config: TrainConfig, checkpoint: Path | None = N
     lora.freeze(run.model)
     prompts = run.layout.image_prompt, run.layout.text_prompt
     if checkpoint:
-        lora.load_adapter(run.model, checkpoint, *prompts)
+        lora.load_adapter(run.model, checkpoint, *prompts, run.notes)
     elif config.lora_rank:
         lora.add_lora(run.model, lora.LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout))
     if config.soft_prompts:
@@ -482,7 +478,7 @@ def check_run_folder(out: Path) -> None:
     """Before anything is computed: may --out be written, without touching what is not a run's?"""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise DataError(f"--out {out}: is not a folder")
-    foreign = sorted(path.name for path in out.glob("*") if path.name.removesuffix(".tmp") not in RUN_FILES)
+    foreign = sorted(path.name for path in out.glob("*") if re.sub(r"(\.\d+)?\.tmp$", "", path.name) not in RUN_FILES)
     if foreign or (out / "checkpoints").is_symlink():
         raise DataError(f"--out {out}: holds {foreign[:3]}, which is not a run of train.py; choose another folder")
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -494,7 +490,7 @@ def start_run_folder(out: Path, config: TrainConfig, checkpoint: Path | None) ->
     for path in (*former, *out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (out / "checkpoints").mkdir(exist_ok=True)
-    write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    data.write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def measure(run: eval.Run, tests: str, score, picture: str = "") -> dict:
@@ -518,7 +514,10 @@ def measure(run: eval.Run, tests: str, score, picture: str = "") -> dict:
 def job(config: TrainConfig) -> None:
     began, out, (device, dtype) = time.perf_counter(), Path(config.out), start_processes(config.device)
     (rank, world), sharded = process(), config.shard and process()[1] > 1
-    config.check(device, dtype)
+    dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16 would need losses scaled up
+    chosen = "as asked for" if config.device else "the best device here"
+    print(f"training on {device} ({chosen}) in {str(dtype)[6:]}, {world} process(es)")
+    config.check(device)
     check_run_folder(out)
     checkpoint = newest(out) if config.resume and (out / "config.json").exists() else None
     path, tests, score = config.data, config.tests, None
@@ -529,11 +528,10 @@ def job(config: TrainConfig) -> None:
             toy.build(TOY)
         everyone("drawn")
         path, tests, score = str(TOY / "train.jsonl"), tests or str(TOY / "test" / "tests.json"), toy.score_captions
-    folder, llava, layout, processor = eval.inspect_base(config.model, config.image_prompt, config.text_prompt)
+    _, _, layout, processor = eval.inspect_base(config.model, config.image_prompt, config.text_prompt)
     dataset = data.CaptionDataset(path, layout, processor, config.image_root or None, config.contrast)
-    model = Llava.from_pretrained(folder, *((None, "cpu") if sharded else (dtype, device)))
-    model.config.eos_token_ids = llava.eos_token_ids
-    run, count = eval.Run(model, layout, processor), sum(p.numel() for p in model.parameters())
+    run = eval.load_base(config.model, device, *layout.prompt_texts, int8=config.int8, dtype=dtype, mapped=sharded)
+    model, count = run.model, sum(p.numel() for p in run.model.parameters())
     add_adapters(run, config, checkpoint)
     trainable = sum(p.numel() for p in trainable_parameters(model).values())
     if sharded:
@@ -544,19 +542,19 @@ def job(config: TrainConfig) -> None:
             before = measure(run, tests, score)
     if before["tables"]:
         eval.print_table({"untrained": eval.summary(before["tables"])})
-    print(f"{config.model}: {count / 1e6:.1f} M parameters on {device} in {str(dtype)[6:]}, {world} process(es)")
-    print(f"{trainable:,} new parameters to train ({100 * trainable / count:.1f} %), {len(dataset):,} images in {path}")
+    print(f"{config.model}: {count / 1e6:.1f} M frozen parameters, {trainable:,} new ({100 * trainable / count:.1f} %)")
+    print(f"{len(dataset):,} images in {path}")
     print(*(f"  {number} lines left out: {why}\n" for why, number in dataset.faults.items()), sep="", end="")
     results = {"before": before["tables"], "seed": config.seed, "untrained": before}
     everyone("ready")  # only now may the folder change
     if rank == 0:
         start_run_folder(out, config, checkpoint)
-        write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
+        data.write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     train(run, config, dataset, out, checkpoint)
     after = measure(run, tests, score, before["picture"])
     if rank == 0:
         results |= {"after": after["tables"], "seconds": time.perf_counter() - began}
-        write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
+        data.write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     if after["tables"]:
         rows = {"untrained": eval.summary(before["tables"]), "trained": eval.summary(after["tables"])}
         rows["difference"] = {name: value - rows["untrained"][name] for name, value in rows["trained"].items()}

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from toy import world
+from eval import TOY_MODEL
+from toy import ablation, world
 from toy.world import Caption, Scene, SceneTable, Thing, truth
+from train import TrainConfig
 
 CHECKPOINT = Path(__file__).parent.parent / "toy" / "tiny-llava"
 
@@ -280,3 +283,14 @@ def test_golden_caption():
         "in the bottom left there is a small pink square."
     )
     assert is_true(text, COLUMN)
+
+
+@pytest.mark.parametrize("row", ["no training", "both + AR", "text only (E5-V's recipe)", "CLIP from scratch"])
+def test_every_kind_of_ablation_row_runs(row, tmp_path, monkeypatch):
+    """A few steps on a small world: the columns are there."""
+    folder = world.build(tmp_path / "data", train_scenes=24, test_scenes=12)
+    monkeypatch.setattr(ablation, "TrainConfig", partial(TrainConfig, batch_size=8, steps=2, device="cpu"))
+    monkeypatch.chdir(tmp_path)
+    tests, data = folder / "test" / "tests.json", folder / "train.jsonl"
+    result = ablation.run_row(row, 0, tests, data, seconds=0.5, model=str(TOY_MODEL))
+    assert {"T2I@1", "swap", "wino group"} <= result["columns"].keys()

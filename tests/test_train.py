@@ -10,10 +10,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from data import CaptionDataset, DataError, ResumableSampler, collate
 from eval import TOY_MODEL, encode_image, encode_text, load_base, load_run, open_image
-from lora import trainable_parameters
+from lora import AdapterError, trainable_parameters
 from train import (
     TrainConfig,
     add_adapters,
@@ -528,3 +529,55 @@ def test_collate_pads_right_and_marks_labels(small_world):
         start = run.layout.image_summary
         assert labels[start : start + len(expected)] == expected
         assert set(labels[:start] + labels[start + len(expected) :]) <= {-100}
+
+
+# ---- Int8, precision, and what adapters belong to
+
+
+def test_int8_holds_less_and_says_so(small_world):
+    """A byte for each weight of the language model's layers; a step's losses hardly move."""
+    losses = {}
+    for int8 in (False, True):
+        config = TrainConfig(int8=int8, batch_size=12)
+        run = load_base(TOY_MODEL, "cpu", int8=int8)
+        add_adapters(run, config)
+        dataset = CaptionDataset(small_world / "train.jsonl", run.layout, run.processor)
+        batch = collate([dataset[index, 0] for index in range(12)], run.layout, config.micro_batch)
+        held = sum(p.nbytes for p in run.model.parameters() if not p.requires_grad)
+        losses[int8] = training_step(run.model, batch, torch.zeros((), requires_grad=True), config)
+    linears = 4 * (4 * 128 * 128 + 3 * 128 * 352)
+    assert held == pytest.approx(4 * (2_265_728 - linears) + linears, rel=0.01)
+    assert losses[True]["loss"] == pytest.approx(losses[False]["loss"], rel=0.02) and losses[True] != losses[False]
+
+
+@pytest.mark.parametrize("fastest", [torch.float16, torch.float32])
+def test_the_first_line_says_device_and_precision(small_world, tmp_path, monkeypatch, capsys, fastest):
+    """Where only fp16 would be fast, training is in fp32; the first line of output says what is used."""
+    monkeypatch.setattr("eval.pick_device", lambda name: (torch.device("cpu"), fastest))
+    settings = ["--data", str(small_world / "train.jsonl"), "--out", str(tmp_path / "run"), "--steps", "1"]
+    main([*settings, "--batch_size", "4"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "training on cpu (the best device here) in float32, 1 process(es)"
+
+
+def test_a_run_knows_its_base_model(small_world, tmp_path):
+    """Adapters are refused on another base, also one of the same shapes; the same base in other files is fine."""
+    settings = ["--data", str(small_world / "train.jsonl"), "--out", str(tmp_path / "run"), "--steps", "1"]
+    main([*settings, "--batch_size", "4", "--device", "cpu"])
+    base = tmp_path / "base"
+    shutil.copytree(TOY_MODEL, base)
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model": str(base)}))
+    expected = encode_text(load_run(tmp_path / "run", "cpu"), ["a star"])
+
+    tensors = load_file(base / "model.safetensors")
+    renamed = {n.replace("language_model.model.", "model.language_model."): t.double() for n, t in tensors.items()}
+    save_file(
+        {n.replace("language_model.lm_head", "lm_head"): t for n, t in renamed.items()}, base / "model.safetensors"
+    )
+    assert torch.equal(encode_text(load_run(tmp_path / "run", "cpu"), ["a star"]), expected)
+
+    tensors["language_model.model.layers.2.mlp.up_proj.weight"] += 0.01
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(AdapterError, match="base was '[0-9a-f]{64}' and is '[0-9a-f]{64}'; use the base model"):
+        load_run(tmp_path / "run", "cpu")

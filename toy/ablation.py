@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import CaptionDataset, ResumableSampler, open_image
-from eval import Embeddings, Run, evaluate, load_base, read_json, run_test, summary
+from eval import TESTS, Embeddings, Run, evaluate, load_base, read_json, read_test, summary
 from losses import contrastive_loss
 from model import LanguageModel, VisionTower
 from toy import world
@@ -120,16 +120,18 @@ class ClipEmbeddings(Embeddings):
     """What the tests ask for, from a Clip."""
 
     def __init__(self, clip: Clip):
-        self.clip, self.known = clip, {}
+        self.run, self.known, self.folder = clip, {}, None
 
     @torch.no_grad()
     def images(self, paths):
-        encode = lambda part: self.clip.images(torch.stack([self.clip.processor(open_image(p)) for p in part]))  # noqa: E731
-        return self.look_up(paths, 256, "pictures", lambda part: F.normalize(encode(part), dim=-1))
+        load = lambda path: self.run.processor(open_image(path))  # noqa: E731
+        encode = lambda clip, part: F.normalize(clip.images(torch.stack(part)), dim=-1)  # noqa: E731
+        return self.look_up([str(path).encode() for path in paths], paths, 256, "pictures", load, encode)
 
     @torch.no_grad()
     def texts(self, captions):
-        return self.look_up(captions, 512, "captions", lambda part: F.normalize(self.clip.texts(part), dim=-1))
+        encode = lambda clip, part: F.normalize(clip.texts(part), dim=-1)  # noqa: E731
+        return self.look_up([text.encode() for text in captions], captions, 512, "captions", str, encode)
 
 
 def train_clip(run: Run, config: TrainConfig, dataset: CaptionDataset, seconds: float, peak_lr: float = 1e-3) -> Clip:
@@ -168,7 +170,7 @@ def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model
         for test, s in read_json(tests).items():
             if test != "captioning":
                 file, images = tests.parent / s["file"], tests.parent / s["images"]
-                tables[test] = run_test(test, embeddings, file, images, s.get("split", "test"))
+                tables[test] = TESTS[test](embeddings, read_test(test, file, images, s.get("split", "test"))[0])
         return {"columns": summary(tables), "seconds": seconds}
     add_adapters(run, config)
     dataset = CaptionDataset(data, run.layout, run.processor, contrast=config.contrast)
