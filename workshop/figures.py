@@ -99,6 +99,15 @@ def pictures(run: Run, items: list[Item], batch_size: int = 64) -> torch.Tensor:
         return torch.cat([run.model.image_features(run.pixel_values([i.open() for i in part])) for part in parts])
 
 
+def as_seen(run: Run, item: Item, most: int = 96) -> list:
+    """The part of a picture that the model sees, cropped and resized as for the model: rows of pixels, 0 to 255."""
+    low, high = run.processor.table[:, :1, None], run.processor.table[:, -1:, None]
+    pixels = (run.processor(item.open()).numpy() - low) / (high - low)  # (3, height, width)
+    picture = Image.fromarray((255 * pixels.transpose(1, 2, 0)).round().clip(0, 255).astype(np.uint8))
+    picture.thumbnail((most, most))
+    return np.asarray(picture).tolist()
+
+
 @torch.no_grad()
 def summaries(run: Run, rows: list[list[int]], features=None, batch_size: int = 64) -> torch.Tensor:
     """Ids that end at the summary position, and image features (B, N, D) or none -> the last hidden states (B, D).
@@ -139,7 +148,8 @@ def word(run: Run, token: int) -> str:
 def prompts(run: Run, items: list[Item], pairs: list[list[str]]) -> dict:
     """Of each pair (image prompt, text prompt), hand-written and on the base model, with each item's first short
     caption: mean entropy of the next token (nats), effective rank of the embeddings and their cumulative PCA variance,
-    R@1; and the rank correlations between these, over the prompts."""
+    R@1; and the rank correlations between these, over the prompts. "good" and "poor": of entropy with R@1 among the
+    prompts above and below half of the best R@1, since two clusters alone would make a correlation."""
     items = [item for item in items if item.short]
     features, rows, own = pictures(run, items), [], torch.arange(len(items))
     unknown = run.tokenizer.special_ids.get("<unk>")
@@ -160,6 +170,11 @@ def prompts(run: Run, items: list[Item], pairs: list[list[str]]) -> dict:
     causes = [f"{kind}{name}" for name in ("entropy", "rank") for kind in ("", "image_", "text_")]
     asked = [(x, y) for x in causes for y in ("r1", "t2i_r1", "i2t_r1")] + list(zip(causes[:3], causes[3:]))
     correlations = {f"{x} ~ {y}": spearman([r[x] for r in rows], [r[y] for r in rows]) for x, y in asked}
+    half = max(row["r1"] for row in rows) / 2
+    for part, chosen in (("good", [r for r in rows if r["r1"] >= half]), ("poor", [r for r in rows if r["r1"] < half])):
+        if len(chosen) > 2:
+            correlations[part] = spearman([r["entropy"] for r in chosen], [r["r1"] for r in chosen])
+            correlations[part]["prompts"] = len(chosen)
     return {"items": len(items), "prompts": rows, "correlations": correlations}
 
 
@@ -200,7 +215,8 @@ def say_prompts(numbers: dict) -> str:
 
     def tell(name):
         c = found[name]
-        return f"{c['rho']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}], p {'<' if c['p'] < 0.001 else '='} {c['p']:.3f}"
+        p = "p < 0.001" if c["p"] < 0.001 else f"p = {c['p']:.3f}"
+        return f"{c['rho']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}], {p}"
 
     keys = "entropy ~ r1", "entropy ~ rank", "rank ~ r1"
     appears = [found[key]["low"] > 0 for key in keys]
@@ -209,6 +225,11 @@ def say_prompts(numbers: dict) -> str:
         f"The paper's trend (entropy of the next token goes with rank and with retrieval) {word} over "
         f"{len(numbers['prompts'])} prompts: Spearman of entropy with R@1 {tell(keys[0])}; of entropy with effective "
         f"rank {tell(keys[1])}; of rank with R@1 {tell(keys[2])}."
+        + "".join(
+            f" Of entropy with R@1 among the {found[part]['prompts']} {part} prompts alone: {tell(part)}."
+            for part in ("good", "poor")
+            if part in found
+        )
     )
 
 
@@ -226,7 +247,7 @@ def tokens(run: Run, items: list[Item], k: int = 10, shown: int = 3) -> dict:
         "captions": ([run.layout.text_side(item.short[0]) for item in items], None),
     }
     result = {"items": len(items), "k": k}
-    result["examples"] = [{"image": str(item.image), "caption": item.short[0]} for item in items[:shown]]
+    result["examples"] = [{"pixels": as_seen(run, item), "caption": item.short[0]} for item in items[:shown]]
     for kind, (ids, features) in rows.items():
         log_probabilities = next_token(run, summaries(run, ids, features))  # (B, V)
         top = log_probabilities.topk(k)
@@ -337,7 +358,7 @@ def attention(run: Run, items: list[Item], chosen: list[list[int]] | None = None
         "mean_mass": mean_mass.mean().item(),
         "chosen": [list(each) for each in chosen],
         "maps": [
-            {"image": str(item.image), "weights": [each[layer, head].tolist() for layer, head in chosen]}
+            {"pixels": as_seen(run, item), "weights": [each[layer, head].tolist() for layer, head in chosen]}
             for item, each in zip(items[:shown], on_image)
         ],
     }
@@ -348,10 +369,12 @@ def say_attention(found: Compared) -> str:
     for name in trained(found):
         direction, density = trend(found, name, lambda each: each["mean_density"])
         _, mass = trend(found, name, lambda each: 100 * each["mean_mass"], ".1f")
-        most = math.log(found[BEFORE][0]["image_tokens"])
+        most, old = math.log(found[BEFORE][0]["image_tokens"]), np.array(found[BEFORE][0]["density"])
+        rises = [(np.array(each["density"]) > old).sum() for each in found[name]]
         sentences.append(
             f"{name}: the paper's trend (attention to the image gets dense) {verdict([direction])}: entropy over the "
-            f"image tokens {density} nats of at most {most:.2f}; share of attention on the image {mass} %."
+            f"image tokens {density} nats of at most {most:.2f}, higher in {np.mean(rises):.0f} of {old.size} heads; "
+            f"share of attention on the image {mass} %."
         )
     return "\n".join(sentences) or nothing_trained(found)
 
@@ -377,7 +400,7 @@ def captions(run: Run, items: list[Item], score: Callable | None = None, max_new
         scores = (score or cider_d)(texts, references)
         result[kind] = {"words": sum(len(text.split()) for text in texts) / len(texts)} | scores | {"texts": texts}
     result["references"] = [texts[0] for texts in references]
-    result["images"] = [str(item.image) for item in items]
+    result["pixels"] = [as_seen(run, item) for item in items[:4]]
     return result
 
 
@@ -394,7 +417,7 @@ def say_captions(found: Compared) -> str:
         values = [each["prompted"][key] for each in found[name]]
         survives = "survives" if min(values) > 0.9 * first[key] else "does not survive"
         sentences.append(f"{name}: captioning {survives}: {'; '.join(told)}.")
-    return "\n".join(sentences)
+    return "\n".join(sentences) or nothing_trained(found)
 
 
 def false_sentences(text: str, reference: str) -> list[tuple[str, bool | None]]:
@@ -462,7 +485,7 @@ def say_soft(found: Compared) -> str:
             edge = np.mean([[rows[0]["moved"], rows[-1]["moved"]] for rows in runs])
             inner = np.mean([[row["moved"] for row in rows[1:-1]] for rows in runs])
             stayed = np.mean([[row["stayed"] for row in rows] for rows in runs])
-            ratios.append(edge / inner)
+            ratios.append(edge / max(inner, 1e-12))
             shares.append(stayed)
             told.append(
                 f"{kind} prompt: first and last token moved {edge:.2f} of their length, those between {inner:.2f}; "
@@ -494,7 +517,7 @@ def gallery(run: Run, items: list[Item], k: int = 5) -> dict:
         "items": len(items),
         "t2i_r1": recall_at_k(scores, torch.arange(len(items)), ks=(1,))["t2i_r1"],
         "queries": [item.short[0] for item in items],
-        "images": [str(item.image) for item in items],
+        "images": [[str(item.image), item.part] for item in items],
         "found": top.indices.tolist(),
         "scores": [[round(score, 4) for score in row] for row in top.values.tolist()],
     }
@@ -524,56 +547,60 @@ def say_gallery(found: Compared) -> str:
 # ---- Curves of training
 
 
-def curves(folders: list[Path]) -> dict:
+def curves(recipes: dict[str, list[Path]]) -> dict[str, list[dict]]:
     """Of each run folder: "log", its log.jsonl as columns (an unfinished last line is left out), and "before" and
-    "after", the columns of its tables, where there are any."""
-    result = {}
-    for folder in folders:
+    "after", the columns of its tables, where there are any. Runs of one name are seeds of one recipe."""
+    return {name: [read_curve(folder) for folder in folders] for name, folders in recipes.items()}
+
+
+def read_curve(folder: Path) -> dict:
+    path, log = folder / "log.jsonl", {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); is this a run?") from None
+    for number, line in enumerate(lines, 1):
         try:
-            lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise DataError(f"{folder / 'log.jsonl'}: cannot be read ({error.strerror}); is this a run?") from None
-        log = {}
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                log[int(row["step"])] = row  # of a step that was done twice, after a resume, the last counts
-            except (ValueError, TypeError, KeyError, RecursionError):
-                if number < len(lines):
-                    raise DataError(f"{folder / 'log.jsonl'}: line {number} is not a step of training") from None
-        if not log:
-            raise DataError(f"{folder / 'log.jsonl'}: holds no step yet")
-        rows = [log[step] for step in sorted(log)]
-        names = ("step", "contrastive", "chance", "autoregressive", "temperature")
-        entry = {"log": {name: [row.get(name) for row in rows] for name in names}}
-        if (folder / "results.json").exists():
-            tables = read_json(folder / "results.json")
-            entry |= {when: summary(tables.get(when, {})) for when in ("before", "after")}
-        name = folder.resolve().name
-        result[name if name not in result else str(folder)] = entry
-    return result
+            row = json.loads(line)
+            log[int(row["step"])] = row  # of a step that was done twice, after a resume, the last counts
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if number < len(lines):
+                raise DataError(f"{path}: line {number} is not a step of training") from None
+    if not log:
+        raise DataError(f"{path}: holds no step yet")
+    names = ("step", "contrastive", "chance", "autoregressive", "temperature")
+    entry = {"log": {name: [log[step].get(name, math.nan) for step in sorted(log)] for name in names}}
+    if (folder / "results.json").exists():
+        tables = read_json(folder / "results.json")
+        entry |= {when: summary(tables.get(when, {})) for when in (BEFORE, "after")}
+    return entry
 
 
-def say_curves(found: dict) -> str:
+def say_curves(found: dict[str, list[dict]]) -> str:
     sentences = []
-    for name, entry in found.items():
-        log, told = entry["log"], []
+    for name, runs in found.items():
+        logs, told = [entry["log"] for entry in runs], []
         for key in ("contrastive", "autoregressive"):
-            values = [value for value in log[key] if value is not None]
-            if any(values):
-                chance = f" (chance {log['chance'][-1]:.2f})" if key == "contrastive" else ""
-                told.append(f"{key} loss {values[0]:.3f} -> {np.mean(values[-10:]):.3f}{chance}")
-        told.append(f"temperature {log['temperature'][0]:.3f} -> {log['temperature'][-1]:.3f}")
-        if entry.get("after"):
-            told += [f"{c} {entry['before'][c]:.1f} -> {v:.1f}" for c, v in entry["after"].items() if c[1:] == "2I@1"]
-        sentences.append(f"{name}, {len(log['step'])} steps: {', '.join(told)}.")
+            if any(logs[0][key]):
+                chance = f" (chance {logs[0]['chance'][-1]:.2f})" if key == "contrastive" else ""
+                ends = [np.mean([np.mean(log[key][part]) for log in logs]) for part in (slice(1), slice(-10, None))]
+                told.append(f"{key} loss {ends[0]:.3f} -> {ends[1]:.3f}{chance}")
+        ends = [np.mean([log["temperature"][place] for log in logs]) for place in (0, -1)]
+        told.append(f"temperature {ends[0]:.3f} -> {ends[1]:.3f}")
+        for column in ("T2I@1", "I2T@1"):
+            if all(column in entry.get("after", {}) for entry in runs):
+                ends = [np.mean([entry[when][column] for entry in runs]) for when in (BEFORE, "after")]
+                told.append(f"{column} {ends[0]:.1f} -> {ends[1]:.1f}")
+        sentences.append(f"{name}, {len(runs)} run(s) of {len(logs[0]['step'])} steps: {', '.join(told)}.")
     return "\n".join(sentences)
 
 
 # ---- Pictures
 
 GRAY, BLUE, ORANGE, GREEN, PURPLE, SKY = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, "#000000")  # Okabe and Ito's, told apart by colour-blind eyes
+CYCLE = (BLUE, GREEN, PURPLE, SKY, "#000000")  # Okabe and Ito's, told apart by colour-blind eyes; orange is for wrong
+OFFSET = dict(textcoords="offset points", fontsize=11)  # of annotations
+METRICS = ("T2I@1", "I2T@1", "replace", "swap", "add", "wino text", "wino group", "attributes", "described")
 STYLE = {
     "font.size": 12,
     "axes.titlesize": 13,
@@ -583,12 +610,11 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
     "lines.linewidth": 2,
-    "svg.fonttype": "none",
 }
 
 
 def drawing(draw: Callable) -> Callable:
-    """The function draws into a matplotlib Figure of `figsize` and returns it; matplotlib is loaded only then."""
+    """The function gets matplotlib's class Figure, draws into one and returns it; matplotlib is loaded only then."""
 
     @functools.wraps(draw)
     def drawn(*args, **settings):
@@ -607,11 +633,9 @@ def color_of(found: Compared) -> dict[str, str]:
     return {BEFORE: GRAY} | dict(zip(trained(found), CYCLE * (1 + len(found) // len(CYCLE))))
 
 
-def thumbnail(axes, image: str, side: int = 96) -> None:
-    """A picture, small ones enlarged without smoothing."""
-    picture = open_image(image)
-    picture.thumbnail((side, side))
-    axes.imshow(np.asarray(picture), interpolation="nearest" if max(picture.size) < side else "auto")
+def show(axes, pixels) -> None:
+    """A picture, (height, width, 3) from 0 to 255, enlarged without smoothing."""
+    axes.imshow(np.asarray(pixels, np.uint8), interpolation="nearest" if len(pixels) < 100 else "auto")
     axes.set(xticks=[], yticks=[])
 
 
@@ -625,37 +649,41 @@ def wrapped(text: str, width: int) -> list[str]:
 
 @drawing
 def draw_prompts(Figure, numbers: dict):
-    """Each prompt a dot. Left: entropy and R@1; middle: cumulative PCA variance, the darker the lower the entropy;
-    right: effective rank and R@1. The star is the paper's pair, the first of the list."""
+    """Each prompt a dot or a line, the lighter the higher its entropy. Left: entropy and R@1; middle: cumulative PCA
+    variance; right: effective rank and R@1. The star is the paper's pair, the first of the list."""
+    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
 
     rows, found = numbers["prompts"], numbers["correlations"]
     figure = Figure(figsize=(13, 4.4))
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.1, 1])
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.12])
     scale = Normalize(min(row["entropy"] for row in rows), max(row["entropy"] for row in rows))
-    colors = ScalarMappable(scale, "viridis")
+    colors = ScalarMappable(scale, ListedColormap(colormaps["viridis"](np.linspace(0, 0.88, 256))))
+    dots = colors.to_rgba([row["entropy"] for row in rows])
     for axes, x, label in ((left, "entropy", "entropy of the next token, nats"), (right, "rank", "effective rank")):
         values, recalls = [row[x] for row in rows], [row["r1"] for row in rows]
-        dots = colors.to_rgba([row["entropy"] for row in rows])
         axes.scatter(values, recalls, c=dots, s=42, edgecolor="white", linewidth=0.6)
-        axes.scatter(values[:1], recalls[:1], marker="*", s=260, c=[dots[0]], edgecolor="black")
-        c = found[f"{x} ~ r1"]
-        name = x if x == "entropy" else "rank"
-        axes.set(xlabel=label, ylabel="zero-shot R@1, %", title=f"{name} and retrieval: Spearman {c['rho']:.2f}")
-        axes.set_ylim(bottom=-2)
-    left.annotate("the paper's", (rows[0]["entropy"], rows[0]["r1"]), (-12, -4), **BESIDE)
-    for row in sorted(rows, key=lambda row: row["entropy"]):
+        axes.scatter(values[:1], recalls[:1], marker="*", s=260, c=dots[:1], edgecolor="black")
+        axes.set(xlabel=label, ylabel="zero-shot R@1, %")
+        axes.set_title(f"{x} and retrieval: Spearman {found[f'{x} ~ r1']['rho']:.2f}")
+        axes.set_ylim(-4, 1.12 * max(recalls))
+    first = rows[0]
+    alike = sum(abs(row["entropy"] - first["entropy"]) < 0.1 and abs(row["r1"] - first["r1"]) < 2 for row in rows) - 1
+    note = f"the paper's prompts (star)\nand {alike} much like them"
+    left.annotate(note, (first["entropy"], first["r1"]), (-14, 0), ha="right", va="center", **OFFSET)
+    for row in rows:
+        if row["image_prompt"].startswith("Describe the image in detail"):
+            line = dict(arrowstyle="-", color=GRAY)
+            place = row["entropy"], row["r1"]
+            left.annotate("Describe ... in detail.", place, (66, 3), va="center", arrowprops=line, **OFFSET)
+    for row, color in sorted(zip(rows, dots), key=lambda pair: pair[0]["entropy"]):
         variance = np.mean([row["image_variance"], row["text_variance"]], axis=0)
-        middle.plot(range(1, len(variance) + 1), variance, color=colors.to_rgba(row["entropy"]), linewidth=1.2)
-    middle.set(xscale="log", xlabel="principal components", ylabel="variance explained, %")
-    middle.set_title("embeddings of each prompt")
-    bar = figure.colorbar(colors, ax=middle, pad=0.02)
-    bar.set_label("entropy, nats")
+        middle.plot(range(1, len(variance) + 1), variance, color=color, linewidth=1.2)
+    middle.set(xscale="log", xlabel="principal components", ylabel="variance explained, %", ylim=(0, 103))
+    middle.set(xticks=[1, 2, 5, 10, 20, 50], xticklabels=[1, 2, 5, 10, 20, 50], title="embeddings, prompt by prompt")
+    figure.colorbar(colors, ax=right, pad=0.02).set_label("entropy, nats")
     return figure
-
-
-BESIDE = dict(textcoords="offset points", ha="right", va="center")
 
 
 @drawing
@@ -672,7 +700,7 @@ def draw_tokens(Figure, found: Compared):
     for row, (index, kind) in enumerate(examples):
         axes, example = figure.add_subplot(grid[row, 0]), found[BEFORE][0]["examples"][index]
         if kind == "images":
-            thumbnail(axes, example["image"])
+            show(axes, example["pixels"])
         else:
             axes.text(0, 0.5, "\n".join(wrapped(example["caption"], 20)), va="center", style="italic")
             axes.axis("off")
@@ -714,7 +742,8 @@ def draw_attention(Figure, found: Compared, name: str | None = None):
     maps = {BEFORE: before["maps"]} | {name: found[name][0]["maps"]}
     chosen, N = before["chosen"], before["image_tokens"]
     side, columns = math.isqrt(N), len(before["chosen"])
-    figure = Figure(figsize=(1.0 + 1.35 * (1 + columns * len(maps)), 3.3 + 1.45 * len(before["maps"])))
+    widths = [1.0] + ([0.18] + [1.0] * columns) * len(maps)
+    figure = Figure(figsize=(0.6 + 1.35 * sum(widths), 3.3 + 1.5 * len(before["maps"])))
     above, below = figure.subfigures(2, 1, height_ratios=[3.1, 0.35 + 1.4 * len(before["maps"])])
     density, mass = above.subplots(1, 2)
     for each_name, runs in found.items():
@@ -726,30 +755,33 @@ def draw_attention(Figure, found: Compared, name: str | None = None):
     density.axhline(math.log(N), color="black", linewidth=1, linestyle=":")
     density.annotate("all image tokens alike", (0, math.log(N)), (2, 3), textcoords="offset points", fontsize=10)
     density.set(xlabel="layer", ylabel="entropy, nats", title="density of attention to the image")
-    density.set_ylim(top=math.log(N) * 1.12)
+    density.set_ylim(0, math.log(N) * 1.15)
     mass.set(xlabel="layer", ylabel="share", title="attention that falls on the image", ylim=(0, None))
     density.legend(loc="best", fontsize=11)
     for axes in (density, mass):
         axes.set_xticks(range(0, len(before["density"]), 1 + len(before["density"]) // 9))
-    panels = below.subplots(len(before["maps"]), 1 + columns * len(maps), squeeze=False)
+    grid = below.add_gridspec(len(before["maps"]), 1 + (columns + 1) * len(maps), width_ratios=widths)
     for row, picture in enumerate(before["maps"]):
-        thumbnail(panels[row, 0], picture["image"])
-        gray = np.asarray(open_image(picture["image"]).convert("L").resize((96, 96), Image.Resampling.NEAREST))
+        seen = np.array(picture["pixels"])
+        show(below.add_subplot(grid[row, 0]), seen)
         for group, (when, shown) in enumerate(maps.items()):
             for column, weights in enumerate(shown[row]["weights"]):
-                axes = panels[row, 1 + group * columns + column]
+                axes = below.add_subplot(grid[row, 2 + group * (columns + 1) + column])
                 heat = np.array(weights[N - side * side :]).reshape(side, side)  # without CLIP's class token
-                axes.imshow(gray, cmap="gray", vmin=-60, vmax=255, extent=(0, side, side, 0))
-                axes.imshow(
-                    heat, cmap="viridis", alpha=0.62, vmin=0, extent=(0, side, side, 0), interpolation="nearest"
-                )
+                settings = dict(extent=(0, side, side, 0), interpolation="nearest")
+                axes.imshow(seen.mean(axis=-1), cmap="gray", vmin=0, vmax=255, **settings)
+                axes.imshow(heat, cmap="viridis", alpha=0.55, vmin=0, **settings)
                 spread = heat[heat > 0] / heat.sum()
                 axes.set(xticks=[], yticks=[])
-                axes.set_xlabel(f"{-(spread * np.log(spread)).sum():.2f}", fontsize=10, labelpad=1)
+                axes.set_xlabel(f"{-(spread * np.log(spread)).sum():.2f}", fontsize=11, labelpad=1)
                 if row == 0:
-                    layer, head = chosen[column]
-                    axes.set_title(f"{layer}.{head}", fontsize=11, color=colors[when], loc="center", weight="bold")
-    below.suptitle(f"layer.head, {BEFORE} training (gray) and {name} (colour); below each map its entropy", fontsize=12)
+                    title = "{}.{}".format(*chosen[column])
+                    if column == 0:
+                        title = f"{when}: {title}"
+                    axes.set_title(title, fontsize=11, color=colors[when], loc="center", weight="bold")
+    below.suptitle(
+        "attention of single heads (layer.head) from the summary token; below each map its entropy", fontsize=12
+    )
     return figure
 
 
@@ -760,17 +792,21 @@ def draw_captions(Figure, found: Compared, key: str | None = None, shown: int = 
     the image prompt and behind a plain question, every dot a seed."""
     before, colors, names = found[BEFORE][0], color_of(found), list(found)
     key = key or next(key for key in before["prompted"] if key not in ("words", "texts"))
-    cells = [(i, name) for i in range(min(shown, before["items"])) for name in names]
-    width, size, line_height = 98, 10.5, 0.19
+    shown = min(shown, len(before["pixels"]))
+    cells = [(i, name) for i in range(shown) for name in names]
+    width, line_height = 98, 0.19  # characters, inches
     texts = {(i, name): caption_lines(found[name][0], i, width, key == "attributes") for i, name in cells}
     heights = [max(1.35, sum(1.5 + len(texts[i, name]) for name in names) * line_height) for i in range(shown)]
+    heights[0] += 0.35  # the title
     figure = Figure(figsize=(11, sum(heights) + 3.1))
     parts = figure.subfigures(len(heights) + 1, 1, height_ratios=[*heights, 3.0])
+    if key == "attributes":
+        parts[0].suptitle("captions behind the image prompt; sentences in orange are false of the picture", fontsize=12)
     for i, part in enumerate(parts[:-1]):
         picture, axes = part.subplots(1, 2, width_ratios=[1, 6.4])
-        thumbnail(picture, before["images"][i])
+        show(picture, before["pixels"][i])
         picture.set_anchor("N")
-        rows, y = heights[i] / line_height, 0.0
+        rows, y = (heights[i] - 0.35 * (i == 0)) / line_height, 0.0
         axes.set(xlim=(0, width + 1), ylim=(rows, 0))
         axes.axis("off")
         for name in names:
@@ -780,32 +816,28 @@ def draw_captions(Figure, found: Compared, key: str | None = None, shown: int = 
             for line in texts[i, name]:
                 column = 0
                 for each, is_true in line:
-                    style = {True: ("black", "normal"), False: (ORANGE, "bold"), None: ("#888888", "normal")}[is_true]
-                    axes.text(
-                        column, y, each, family="monospace", fontsize=size, va="top", color=style[0], weight=style[1]
-                    )
+                    color, weight = {True: ("black", None), False: (ORANGE, "bold"), None: (GRAY, None)}[is_true]
+                    style = dict(family="monospace", fontsize=10.5, va="top", color=color, weight=weight)
+                    axes.text(column, y, each, **style)
                     column += len(each) + 1
                 y += 1
             y += 0.4
-    axes = parts[-1].subplots()
-    for place, kind in enumerate(("prompted", "described")):
+    axes, kinds = parts[-1].subplots(), ("prompted", "described")
+    for place, kind in enumerate(kinds):
         for number, name in enumerate(names):
             values = [each[kind][key] for each in found[name]]
             x = place + 0.8 * (number + 0.5) / len(names) - 0.4
             label = ("before training" if name == BEFORE else name) if place == 0 else None
             axes.bar(x, np.mean(values), 0.72 / len(names), color=colors[name], label=label)
-            axes.text(x, np.mean(values) + 2, f"{np.mean(values):.1f}", ha="center", fontsize=11)
+            axes.annotate(f"{np.mean(values):.1f}", (x, max(values)), (0, 5), ha="center", **OFFSET)
             if len(values) > 1:
                 axes.plot([x] * len(values), values, "o", color="white", markeredgecolor="black", markersize=5)
     axes.set(xticks=[0, 1], xticklabels=["behind the image prompt", 'behind "Describe the image in detail."'])
     label = "attributes right, %" if key == "attributes" else key
     axes.set(ylabel=label, title=f"captions of {before['items']} pictures (dots: seeds)")
-    axes.set_ylim(0, 1.15 * max(each[kind][key] for runs in found.values() for each in runs for kind in KINDS))
+    axes.set_ylim(0, 1.15 * max(each[kind][key] for runs in found.values() for each in runs for kind in kinds))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-KINDS = ("prompted", "described")
 
 
 def caption_lines(numbers: dict, index: int, width: int, is_toy: bool, most: int = 5) -> list[list[tuple]]:
@@ -841,15 +873,14 @@ def draw_soft(Figure, found: Compared, name: str | None = None):
         for each in moved if len(moved) > 1 else []:
             axes.plot(each, range(len(prompt)), "o", color="white", markeredgecolor="black", markersize=4)
         for i, row in enumerate(prompt):
-            near = f"{row['nearest_cosine']} | {row['nearest_l2']}"
-            axes.annotate(
-                near, (moved[:, i].max(), i), (7, 0), textcoords="offset points", va="center", fontsize=11,
-                weight="normal" if {row["nearest_cosine"], row["nearest_l2"]} == {row["start"]} else "bold",
-            )  # fmt: skip
+            near = " | ".join(dict.fromkeys((row["nearest_cosine"], row["nearest_l2"])))
+            weight = "normal" if near == row["start"] else "bold"
+            axes.annotate(near, (moved[:, i].max(), i), (7, 0), va="center", weight=weight, **OFFSET)
         axes.set(yticks=range(len(prompt)), yticklabels=[row["start"] for row in prompt], ylim=(rows - 0.4, -0.6))
         axes.set(xlim=(0, 1.75 * max(row["moved"] for each in runs for k in ("image", "text") for row in each[k])))
         axes.set(xlabel="distance from the start / length of the start", title=f"soft {kind} prompt ({name})")
-    figure.supxlabel("beside the bars: nearest token now, by cosine | by L2; orange: the boundary tokens", fontsize=11)
+    note = "beside the bars: the nearest token now (by cosine | by L2, where they differ), bold where it is another"
+    figure.supxlabel(f"{note}; orange: boundary tokens", fontsize=11)
     return figure
 
 
@@ -861,11 +892,11 @@ def draw_gallery(Figure, found: Compared, name: str | None = None, number: int =
     after, k = found[name][0], len(before["found"][0])
     chosen = interesting(before, after, number)
     models = [("before training", before), (name, after)]
-    figure = Figure(figsize=(3.0 + 2 * k * 0.98, 0.75 + 1.28 * len(chosen)), layout="none")
+    figure = Figure(figsize=(3.0 + 2 * k * 0.98, 0.5 + 1.28 * len(chosen)), layout="none")
     cell, text, gap = 0.98 / figure.get_figwidth(), 2.6 / figure.get_figwidth(), 0.35 / figure.get_figwidth()
     height = figure.get_figheight()
     for row, query in enumerate(chosen):
-        y = 1 - (0.72 + 1.28 * (row + 1)) / height
+        y = 1 - (0.45 + 1.28 * (row + 1)) / height
         lines = "\n".join(wrapped(before["queries"][query], 26))
         figure.text(0.01, y + 0.75 / height, lines, va="center", fontsize=11, style="italic")
         for group, (title, model) in enumerate(models):
@@ -873,66 +904,73 @@ def draw_gallery(Figure, found: Compared, name: str | None = None, number: int =
                 x = text + group * (k * cell + gap) + place * cell
                 axes = figure.add_axes((x, y + 0.27 / height, 0.9 * cell, 0.9 / height))
                 right = index == query
-                thumbnail(axes, before["images"][index])
+                show(axes, np.asarray(open_image(*before["images"][index])))
                 for spine in axes.spines.values():
                     spine.set(visible=True, color=BLUE if right else ORANGE, linewidth=4 if right else 1.5)
                 mark = f"{'✓' if right else '✗'} {score:.2f}"
-                axes.set_xlabel(mark, color=BLUE if right else ORANGE, fontsize=10.5, labelpad=2)
-                axes.xaxis.label.set_weight("bold" if right else "normal")
+                axes.set_xlabel(mark, color=BLUE if right else ORANGE, fontsize=11, labelpad=5)
             if row == 0:
                 label = f"{title}: R@1 {model['t2i_r1']:.1f} % of {model['items']} queries"
-                figure.text(text + group * (k * cell + gap), 1 - 0.42 / height, label, fontsize=12, weight="bold")
+                figure.text(text + group * (k * cell + gap), 1 - 0.33 / height, label, fontsize=12, weight="bold")
     return figure
 
 
 @drawing
-def draw_curves(Figure, found: dict):
-    """Losses and temperature by step (thin: as logged, thick: running mean), and the tables before and after."""
+def draw_curves(Figure, found: dict[str, list[dict]]):
+    """Losses and temperature by step (thin: as logged; thick: running mean, every run), and the tables before and
+    after: hollow and full dots, a full one for each run."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = Figure(figsize=(12, 7.4))
     panels = figure.subplots(2, 2)
     colors = dict(zip(found, CYCLE * (1 + len(found) // len(CYCLE))))
     keys = {"contrastive": "contrastive loss", "autoregressive": "autoregressive loss", "temperature": "temperature"}
     for axes, (key, title) in zip(panels.flat, keys.items()):
-        for name, entry in found.items():
+        for name, entry in [(name, entry) for name, runs in found.items() for entry in runs]:
             steps, values = (np.array(entry["log"][column], float) for column in ("step", key))
             if not np.nan_to_num(values).any():  # a loss that was switched off
                 continue
-            half = max(1, len(values) // 30)
-            smooth = [np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-            if key != "temperature":
-                axes.plot(steps, values, color=colors[name], linewidth=0.6, alpha=0.4)
-            axes.plot(steps, values if key == "temperature" else smooth, color=colors[name], label=name)
-            if key == "contrastive":
-                axes.plot(steps, entry["log"]["chance"], color="black", linestyle=":", linewidth=1.2)
-        axes.set(xlabel="step", title=title, yscale="linear" if key == "temperature" else "log")
-    chance = next(iter(found.values()))["log"]["chance"][0]
-    panels[0, 0].annotate(f"chance: log B = {chance:.2f}", (0.98, chance), (0, -4), "axes fraction", fontsize=11)
-    note = panels[0, 0].texts[-1]
-    note.set(ha="right", va="top", transform=panels[0, 0].transAxes)
-    panels[0, 0].legend(fontsize=11)
-    axes, tested = panels[1, 1], {name: entry for name, entry in found.items() if entry.get("after")}
-    columns = [c for c in METRICS if any(c in entry["after"] for entry in tested.values())]
-    for number, (name, entry) in enumerate(tested.items()):
-        offset = 0.7 * (number + 0.5) / len(tested) - 0.35
+            half = max(1, len(values) // 30) if key != "temperature" else 0
+            smooth = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+            axes.plot(steps, values, color=colors[name], linewidth=0.6, alpha=0.3)
+            axes.plot(steps, smooth, color=colors[name], linewidth=1.6, alpha=0.9)
+        axes.set(xlabel="step", title=title)
+        if key == "temperature":
+            axes.set_ylim(bottom=0)
+            continue
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    logs = [entry["log"] for runs in found.values() for entry in runs]
+    contrastive, log = panels[0, 0], max(logs, key=lambda log: len(log["step"]))
+    contrastive.plot(log["step"], log["chance"], color="black", linestyle=":", linewidth=1.4)
+    text = f"chance: log B = {log['chance'][-1]:.2f}"
+    contrastive.annotate(text, (log["step"][-1], log["chance"][-1]), (0, -5), ha="right", va="top", **OFFSET)
+    for name, runs in found.items():
+        contrastive.plot([], [], color=colors[name], label=name + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
+    contrastive.legend(fontsize=11, loc="center right")
+    axes, tested = panels[1, 1], {name: [e for e in runs if e.get("after")] for name, runs in found.items()}
+    tested = {name: runs for name, runs in tested.items() if runs}
+    columns = [c for c in METRICS if any(c in entry["after"] for runs in tested.values() for entry in runs)]
+    for number, (name, runs) in enumerate(tested.items()):
         for place, column in enumerate(columns):
-            if column in entry["after"]:
-                ends = [entry["before"].get(column, math.nan), entry["after"][column]]
-                axes.plot([place + offset] * 2, ends, color=colors[name], linewidth=1.5)
-                axes.plot(place + offset, ends[0], "o", color="white", markeredgecolor=colors[name], markersize=6)
-                axes.plot(place + offset, ends[1], "o", color=colors[name], markersize=6)
-    axes.set(title="tables, %: before (hollow) and after training (full)", ylim=(-3, 103))
-    axes.set_xticks(range(len(columns)), columns, fontsize=10, rotation=30)
+            x = place + 0.7 * (number + 0.5) / len(tested) - 0.35
+            ends = [[entry[when].get(column, math.nan) for entry in runs] for when in (BEFORE, "after")]
+            axes.plot([x, x], [np.mean(ends[0]), np.mean(ends[1])], color=colors[name], linewidth=1.3)
+            axes.plot([x] * len(runs), ends[0], "o", color="white", markeredgecolor=colors[name], markersize=5)
+            axes.plot([x] * len(runs), ends[1], "o", color=colors[name], markersize=5)
+    axes.set(title="tables, %: before (hollow), after (full)", ylim=(-3, 103))
+    axes.set_xticks(range(len(columns)), columns, fontsize=11, rotation=35, ha="right", rotation_mode="anchor")
     return figure
-
-
-METRICS = ("T2I@1", "I2T@1", "replace", "swap", "add", "wino text", "wino group", "attributes", "described")
 
 
 # ---- Commands
 
 
-def recipes_of(arguments: list[str]) -> dict[str, list[Path]]:
-    """["both=runs/toy", "both=runs/seed-1", "runs/x"] -> {"both": [...], "trained": [runs/x]}."""
+def recipes_of(arguments: list[str], named: bool = False) -> dict[str, list[Path]]:
+    """["both=runs/toy", "both=runs/seed-1", "runs/x"] -> {"both": [...], "trained": [runs/x]}; or, `named`, by the
+    folder's own name."""
     recipes: dict[str, list[Path]] = {}
     for argument in arguments:
         name, _, folder = argument.rpartition("=")
@@ -941,18 +979,19 @@ def recipes_of(arguments: list[str]) -> dict[str, list[Path]]:
             raise DataError(f"{folder}: no such folder; {advice}")
         if name == BEFORE:
             raise DataError(f"{BEFORE!r} is the name of the base model; call the run something else")
-        recipes.setdefault(name or "trained", []).append(Path(folder))
+        recipes.setdefault(name or (Path(folder).name if named else "trained"), []).append(Path(folder))
     return recipes
 
 
 def analyse(args) -> tuple[dict, str, Callable]:
     """One command -> its numbers, its sentence, and what draws them."""
     if args.command == "curves":
-        numbers = curves([Path(folder) for folder in args.folders])
+        numbers = curves(recipes_of(args.runs, named=True))
         return numbers, say_curves(numbers), draw_curves
     recipes = recipes_of(args.runs)
     if args.command == "soft":
-        numbers = compare(recipes, lambda run: soft(run), args.device)
+        numbers = compare(recipes, soft, args.device)
+        numbers.pop(BEFORE)  # prompts are compared with the tokens that they began as
         return numbers, say_soft(numbers), draw_soft
     first = load_run(next(iter(recipes.values()))[0], args.device)
     file = Path(args.data) if args.data else world.build(ROOT / "toy" / "data") / "test.jsonl"
@@ -1001,7 +1040,7 @@ def parse(arguments: list[str] | None = None):
         add("--out", type=Path, default=Path("runs/figures"), metavar="DIR", help="for NAME.json, NAME.png")
         add("--name", default=name, help=f"of both files ({name})")
         if name == "curves":
-            add("folders", nargs="+", metavar="RUN", help="folders of train.py's runs")
+            add("runs", nargs="+", metavar="[NAME=]RUN", help="folders of train.py's runs; one NAME, one colour")
             continue
         group = command.add_mutually_exclusive_group()
         group.add_argument("--runs", nargs="+", default=["runs/toy"], metavar="[NAME=]DIR", help="(runs/toy)")
