@@ -236,6 +236,15 @@ def test_before_is_the_base_model_and_after_is_not(trained, items):
         figures.compare({"both": [trained, other]}, lambda run: 1)
 
 
+def test_summaries_come_back_in_order_with_their_own_pictures(items):
+    run = load_base(TOY_MODEL, "cpu")
+    questions = ["How many objects are there?", "One word:", "What is in the top left?", ""]
+    rows, features = [run.layout.question(text) for text in questions], figures.pictures(run, items[:4])
+    together = figures.summaries(run, rows, features, batch_size=2)
+    for row, feature, state in zip(rows, features, together):
+        torch.testing.assert_close(figures.summaries(run, [row], feature[None])[0], state, atol=1e-4, rtol=0)
+
+
 def test_tokens_counts(items):
     numbers = figures.tokens(load_base(TOY_MODEL, "cpu"), items, k=4, shown=2)
     for kind in ("images", "captions"):
@@ -384,6 +393,12 @@ def test_faults_are_one_line(arguments, message, tmp_path):
 def test_a_head_that_is_not_there(items):
     with pytest.raises(DataError, match="no head 4.0: there are layers 0 to 3 with heads 0 to 3"):
         figures.attention(load_base(TOY_MODEL, "cpu"), items[:1], [[4, 0]])
+
+
+def test_pictures_are_drawn_as_the_model_sees_them(items):
+    run = load_base(TOY_MODEL, "cpu")
+    seen = figures.decode_picture(figures.as_seen(run, items[0]))
+    assert seen.shape == (48, 48, 3) and np.abs(seen.astype(int) - np.asarray(items[0].open())).max() <= 1
 
 
 def test_adapters_stay_as_they_were(trained, items):

@@ -19,7 +19,9 @@ Axes: B batch, T tokens, N image tokens, D hidden, H heads, K key/value heads, L
 """
 
 import argparse
+import base64
 import functools
+import io
 import json
 import math
 import re
@@ -99,13 +101,19 @@ def pictures(run: Run, items: list[Item], batch_size: int = 64) -> torch.Tensor:
         return torch.cat([run.model.image_features(run.pixel_values([i.open() for i in part])) for part in parts])
 
 
-def as_seen(run: Run, item: Item, most: int = 96) -> list:
-    """The part of a picture that the model sees, cropped and resized as for the model: rows of pixels, 0 to 255."""
+def as_seen(run: Run, item: Item, most: int = 96) -> str:
+    """The part of a picture that the model sees, cropped and resized as for the model: a PNG in base64, for JSON."""
     low, high = run.processor.table[:, :1, None], run.processor.table[:, -1:, None]
     pixels = (run.processor(item.open()).numpy() - low) / (high - low)  # (3, height, width)
     picture = Image.fromarray((255 * pixels.transpose(1, 2, 0)).round().clip(0, 255).astype(np.uint8))
     picture.thumbnail((most, most))
-    return np.asarray(picture).tolist()
+    picture.save(file := io.BytesIO(), "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def decode_picture(text: str) -> np.ndarray:
+    """What `as_seen` wrote -> (height, width, 3) uint8."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text)), formats=["PNG"]))
 
 
 @torch.no_grad()
@@ -247,7 +255,7 @@ def tokens(run: Run, items: list[Item], k: int = 10, shown: int = 3) -> dict:
         "captions": ([run.layout.text_side(item.short[0]) for item in items], None),
     }
     result = {"items": len(items), "k": k}
-    result["examples"] = [{"pixels": as_seen(run, item), "caption": item.short[0]} for item in items[:shown]]
+    result["examples"] = [{"picture": as_seen(run, item), "caption": item.short[0]} for item in items[:shown]]
     for kind, (ids, features) in rows.items():
         log_probabilities = next_token(run, summaries(run, ids, features))  # (B, V)
         top = log_probabilities.topk(k)
@@ -358,7 +366,7 @@ def attention(run: Run, items: list[Item], chosen: list[list[int]] | None = None
         "mean_mass": mean_mass.mean().item(),
         "chosen": [list(each) for each in chosen],
         "maps": [
-            {"pixels": as_seen(run, item), "weights": [each[layer, head].tolist() for layer, head in chosen]}
+            {"picture": as_seen(run, item), "weights": [each[layer, head].tolist() for layer, head in chosen]}
             for item, each in zip(items[:shown], on_image)
         ],
     }
@@ -400,7 +408,7 @@ def captions(run: Run, items: list[Item], score: Callable | None = None, max_new
         scores = (score or cider_d)(texts, references)
         result[kind] = {"words": sum(len(text.split()) for text in texts) / len(texts)} | scores | {"texts": texts}
     result["references"] = [texts[0] for texts in references]
-    result["pixels"] = [as_seen(run, item) for item in items[:4]]
+    result["pictures"] = [as_seen(run, item) for item in items[:4]]
     return result
 
 
@@ -633,9 +641,9 @@ def color_of(found: Compared) -> dict[str, str]:
     return {BEFORE: GRAY} | dict(zip(trained(found), CYCLE * (1 + len(found) // len(CYCLE))))
 
 
-def show(axes, pixels) -> None:
-    """A picture, (height, width, 3) from 0 to 255, enlarged without smoothing."""
-    axes.imshow(np.asarray(pixels, np.uint8), interpolation="nearest" if len(pixels) < 100 else "auto")
+def show(axes, pixels: np.ndarray) -> None:
+    """A picture, (height, width, 3) uint8, enlarged without smoothing."""
+    axes.imshow(pixels, interpolation="nearest" if len(pixels) < 100 else "auto")
     axes.set(xticks=[], yticks=[])
 
 
@@ -700,7 +708,7 @@ def draw_tokens(Figure, found: Compared):
     for row, (index, kind) in enumerate(examples):
         axes, example = figure.add_subplot(grid[row, 0]), found[BEFORE][0]["examples"][index]
         if kind == "images":
-            show(axes, example["pixels"])
+            show(axes, decode_picture(example["picture"]))
         else:
             axes.text(0, 0.5, "\n".join(wrapped(example["caption"], 20)), va="center", style="italic")
             axes.axis("off")
@@ -762,7 +770,7 @@ def draw_attention(Figure, found: Compared, name: str | None = None):
         axes.set_xticks(range(0, len(before["density"]), 1 + len(before["density"]) // 9))
     grid = below.add_gridspec(len(before["maps"]), 1 + (columns + 1) * len(maps), width_ratios=widths)
     for row, picture in enumerate(before["maps"]):
-        seen = np.array(picture["pixels"])
+        seen = decode_picture(picture["picture"])
         show(below.add_subplot(grid[row, 0]), seen)
         for group, (when, shown) in enumerate(maps.items()):
             for column, weights in enumerate(shown[row]["weights"]):
@@ -792,7 +800,7 @@ def draw_captions(Figure, found: Compared, key: str | None = None, shown: int = 
     the image prompt and behind a plain question, every dot a seed."""
     before, colors, names = found[BEFORE][0], color_of(found), list(found)
     key = key or next(key for key in before["prompted"] if key not in ("words", "texts"))
-    shown = min(shown, len(before["pixels"]))
+    shown = min(shown, len(before["pictures"]))
     cells = [(i, name) for i in range(shown) for name in names]
     width, line_height = 98, 0.19  # characters, inches
     texts = {(i, name): caption_lines(found[name][0], i, width, key == "attributes") for i, name in cells}
@@ -801,10 +809,11 @@ def draw_captions(Figure, found: Compared, key: str | None = None, shown: int = 
     figure = Figure(figsize=(11, sum(heights) + 3.1))
     parts = figure.subfigures(len(heights) + 1, 1, height_ratios=[*heights, 3.0])
     if key == "attributes":
-        parts[0].suptitle("captions behind the image prompt; sentences in orange are false of the picture", fontsize=12)
+        note = "captions behind the image prompt (before training: behind a question)"
+        parts[0].suptitle(f"{note}; orange: false of the picture, gray: no sentences", fontsize=12)
     for i, part in enumerate(parts[:-1]):
         picture, axes = part.subplots(1, 2, width_ratios=[1, 6.4])
-        show(picture, before["pixels"][i])
+        show(picture, decode_picture(before["pictures"][i]))
         picture.set_anchor("N")
         rows, y = (heights[i] - 0.35 * (i == 0)) / line_height, 0.0
         axes.set(xlim=(0, width + 1), ylim=(rows, 0))
