@@ -678,8 +678,8 @@ def draw_prompts(Figure, numbers: dict):
         axes.set_ylim(-4, 1.12 * max(recalls))
     first = rows[0]
     alike = sum(abs(row["entropy"] - first["entropy"]) < 0.1 and abs(row["r1"] - first["r1"]) < 2 for row in rows) - 1
-    note = f"the paper's prompts (star)\nand {alike} much like them"
-    left.annotate(note, (first["entropy"], first["r1"]), (-14, 0), ha="right", va="center", **OFFSET)
+    note = f"the paper's, and {alike} much alike"
+    left.annotate(note, (first["entropy"], first["r1"]), (14, 15), ha="right", va="center", **OFFSET)
     for row in rows:
         if row["image_prompt"].startswith("Describe the image in detail"):
             line = dict(arrowstyle="-", color=GRAY)
@@ -764,7 +764,7 @@ def draw_attention(Figure, found: Compared, name: str | None = None):
     density.annotate("all image tokens alike", (0, math.log(N)), (2, 3), textcoords="offset points", fontsize=10)
     density.set(xlabel="layer", ylabel="entropy, nats", title="density of attention to the image")
     density.set_ylim(0, math.log(N) * 1.15)
-    mass.set(xlabel="layer", ylabel="share", title="attention that falls on the image", ylim=(0, None))
+    mass.set(xlabel="layer", ylabel="share", title="attention that falls on the image", ylim=(0, 1.03))
     density.legend(loc="best", fontsize=11)
     for axes in (density, mass):
         axes.set_xticks(range(0, len(before["density"]), 1 + len(before["density"]) // 9))
@@ -1076,7 +1076,7 @@ def main(arguments: list[str] | None = None) -> None:
         numbers, sentence, draw = analyse(args)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{args.name}.json").write_text(json.dumps(numbers) + "\n")
-        draw(numbers).savefig(args.out / f"{args.name}.png", dpi=100)
+        draw(numbers).savefig(args.out / f"{args.name}.png", dpi=90, pil_kwargs={"optimize": True})
         print(f"{sentence}\nin {args.out}: {args.name}.json, {args.name}.png")
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
