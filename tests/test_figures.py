@@ -383,11 +383,27 @@ def test_toy_captions_are_drawn_sentence_by_sentence(trained, items):
         (["soft", "--model", str(TOY_MODEL)], "no soft prompts"),
         (["curves", str(TOY_MODEL)], "log.jsonl: cannot be read"),
         (["tokens", "--runs", f"before={TOY_MODEL}"], "name of the base model"),
+        (["prompts", "--model", str(TOY_MODEL), "--data", "DATA", "--prompts", "PAIRS"], "not a list of pairs"),
+        (["gallery", "--model", str(TOY_MODEL), "--data", "LONG"], "none of 1 records has a caption of fewer than 30"),
     ],
 )
-def test_faults_are_one_line(arguments, message, tmp_path):
+def test_faults_are_one_line(arguments, message, tmp_path, data):
+    record = json.loads(data.read_text().splitlines()[0]) | {"short": []}
+    files = {"DATA": data, "PAIRS": tmp_path / "pairs.json", "LONG": data.with_name("long.jsonl")}
+    files["PAIRS"].write_text('[["one", "two"], ["three"]]')
+    world.save_lines(files["LONG"], [record])
+    arguments = [str(files.get(argument, argument)) for argument in arguments]
     with pytest.raises(SystemExit, match=message):
         figures.main([*arguments, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["attention", "--heads", "one"], ["tokens", "--limit", "0"], ["tokens", "-k", "-1"]]
+)
+def test_numbers_that_are_none(arguments, capsys):
+    with pytest.raises(SystemExit):
+        figures.main(arguments)
+    assert f"argument {arguments[1]}" in capsys.readouterr().err
 
 
 def test_a_head_that_is_not_there(items):

@@ -38,6 +38,7 @@ from PIL import Image
 
 from data import LONG, CaptionDataset, DataError, Layout, inside, open_image, read_json, read_retrieval
 from eval import ROOT, USER_ERRORS, Run, caption, cider_d, load_run, recall_at_k, summary
+from examples.commands import positive
 from lora import SoftPrompt, adapters_disabled
 from model import heads, rotate
 from toy import world
@@ -77,11 +78,12 @@ def read_items(file: Path, run: Run, images: Path | None = None, split: str = "t
 
 
 def compare(recipes: dict[str, list[Path]], measure: Callable[[Run], dict], device: str | None = None) -> Compared:
-    """`measure` of the base model, then of every run with its adapters; one model at a time is in memory.
+    """`measure` of the base model, then of every run with its adapters; one model at a time is held in memory.
     Raises DataError where two runs began with different models."""
-    result, bases = {}, set()
+    result, bases, run = {}, set(), None
     for name, folders in recipes.items():
         for folder in folders:
+            del run
             run, settings = load_run(folder, device), Path(folder) / "config.json"
             bases.add(str(read_json(settings).get("model", folder)) if run.is_adapted else str(folder))
             if len(bases) > 1:
@@ -92,6 +94,13 @@ def compare(recipes: dict[str, list[Path]], measure: Callable[[Run], dict], devi
             if run.is_adapted:
                 result.setdefault(name, []).append(measure(run))
     return result
+
+
+def with_short(items: list[Item]) -> list[Item]:
+    """Those that have a short caption. Raises DataError where none has."""
+    if not any(item.short for item in items):
+        raise DataError(f"none of {len(items)} records has a caption of fewer than {LONG} tokens")
+    return [item for item in items if item.short]
 
 
 def pictures(run: Run, items: list[Item], batch_size: int = 64) -> torch.Tensor:
@@ -158,7 +167,7 @@ def prompts(run: Run, items: list[Item], pairs: list[list[str]]) -> dict:
     caption: mean entropy of the next token (nats), effective rank of the embeddings and their cumulative PCA variance,
     R@1; and the rank correlations between these, over the prompts. "good" and "poor": of entropy with R@1 among the
     prompts above and below half of the best R@1, since two clusters alone would make a correlation."""
-    items = [item for item in items if item.short]
+    items = with_short(items)
     features, rows, own = pictures(run, items), [], torch.arange(len(items))
     unknown = run.tokenizer.special_ids.get("<unk>")
     with adapters_disabled(run.model):
@@ -249,7 +258,7 @@ def tokens(run: Run, items: list[Item], k: int = 10, shown: int = 3) -> dict:
     model as it is: mean entropy (nats), mean probability of the likeliest token, mean probabilities sorted downwards,
     number of different tokens among all top-k lists, and how rare a top-k token is: the mean of log(items / items that
     have it in their list). Of the first `shown` items the top k."""
-    items = [item for item in items if item.short]
+    items = with_short(items)
     rows = {
         "images": ([run.layout.image_side()] * len(items), pictures(run, items)),
         "captions": ([run.layout.text_side(item.short[0]) for item in items], None),
@@ -513,7 +522,7 @@ def say_soft(found: Compared) -> str:
 def gallery(run: Run, items: list[Item], k: int = 5) -> dict:
     """Each item's first short caption as a query over all items' pictures: the k nearest pictures (their number among
     the items) and cosine similarities, and R@1. The picture that a caption was written for is the only right one."""
-    items = [item for item in items if item.short]
+    items = with_short(items)
     states = (
         summaries(run, [run.layout.text_side(item.short[0]) for item in items]),
         summaries(run, [run.layout.image_side()] * len(items), pictures(run, items)),
@@ -787,9 +796,7 @@ def draw_attention(Figure, found: Compared, name: str | None = None):
                     if column == 0:
                         title = f"{when}: {title}"
                     axes.set_title(title, fontsize=11, color=colors[when], loc="center", weight="bold")
-    below.suptitle(
-        "attention of single heads (layer.head) from the summary token; below each map its entropy", fontsize=12
-    )
+    below.suptitle("attention of single heads (layer.head); below each map its entropy", fontsize=12)
     return figure
 
 
@@ -1006,9 +1013,13 @@ def analyse(args) -> tuple[dict, str, Callable]:
     file = Path(args.data) if args.data else world.build(ROOT / "toy" / "data") / "test.jsonl"
     items = read_items(file, first, args.images, args.split, args.limit)
     if args.command == "prompts":
-        numbers = prompts(first, items, read_json(Path(args.prompts), list))
+        pairs = read_json(args.prompts, list)
+        if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(text, str) for text in p) for p in pairs):
+            raise DataError(f"{args.prompts}: not a list of pairs [image prompt, text prompt]")
+        numbers = prompts(first, items, pairs)
         return numbers, say_prompts(numbers), draw_prompts
-    chosen = [[int(part) for part in head.split(".")] for head in args.heads] if args.command == "attention" else None
+    del first
+    chosen = args.heads if args.command == "attention" else None
 
     def look(run: Run) -> dict:
         nonlocal chosen
@@ -1038,6 +1049,12 @@ COMMANDS = {  # what it shows, and of how many records
 }
 
 
+def head(text: str) -> list[int]:
+    """An argument LAYER.HEAD."""
+    layer, number = text.split(".")
+    return [int(layer), int(number)]
+
+
 def parse(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(
         prog="python -m workshop.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -1060,13 +1077,20 @@ def parse(arguments: list[str] | None = None):
         add("--data", metavar="FILE", help="captioned images (.jsonl) or a retrieval test (.json) (the toy's test set)")
         add("--images", type=Path, metavar="DIR", help="where its pictures are (beside the file)")
         add("--split", default="test", help="of a retrieval test by Karpathy (test)")
-        add("--limit", type=int, default=limit, metavar="N", help=f"records, from the first on ({limit})")
+        add("--limit", type=positive, default=limit, metavar="N", help=f"records, from the first on ({limit})")
         if name == "prompts":
             add("--prompts", default=PROMPTS, metavar="FILE", help="JSON list of [image prompt, text prompt]")
         if name == "tokens":
-            add("-k", type=int, default=10, help="length of the lists of top tokens (10)")
+            add("-k", type=positive, default=10, help="length of the lists of top tokens (10)")
         if name == "attention":
-            add("--heads", nargs="+", default=[], metavar="LAYER.HEAD", help="to draw (the 4 that see the image most)")
+            add(
+                "--heads",
+                nargs="+",
+                type=head,
+                default=[],
+                metavar="LAYER.HEAD",
+                help="to draw (the 4 that see the image most)",
+            )
     return parser.parse_args(arguments)
 
 
