@@ -150,7 +150,7 @@ def test_attention_with_grouped_heads(make_checkpoint, text):
         theirs = reference(input_ids=ids, pixel_values=pixel_values, output_attentions=True).attentions
     assert ours.shape == (2, 2, 4, len(tokens))
     torch.testing.assert_close(ours, torch.stack([layer[:, :, -1] for layer in theirs], 1), atol=1e-4, rtol=0)
-    assert not any(layer.self_attn._forward_pre_hooks for layer in model.language_model.layers)
+    assert not any(layer._forward_pre_hooks for layer in model.language_model.layers)
 
 
 # ---- Small calculations, by hand

@@ -328,15 +328,15 @@ def summary_attention(run: Run, features: torch.Tensor, batch_size: int = 32) ->
     ids = torch.tensor([run.layout.image_side()], device=run.model.device)
     weights: list[torch.Tensor] = []
 
-    def watch(attention, inputs):
-        x, cos, sin = inputs[:3]
-        q, k = (heads(proj(y), attention.head_dim) for proj, y in ((attention.q_proj, x), (attention.k_proj, x)))
-        q, k = rotate(q, cos, sin)[:, :, -1:], rotate(k, cos, sin)  # (b, H, 1, head_dim), (b, K, T, head_dim)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = (q @ k.transpose(2, 3)).float() * attention.head_dim**-0.5
+    def watch(layer, inputs):
+        (x, cos, sin), attention = inputs[:3], layer.self_attn
+        x, head_dim = layer.input_layernorm(x), cos.shape[-1]
+        q, k = (rotate(heads(y, head_dim), cos, sin) for y in (attention.q_proj(x), attention.k_proj(x)))
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (b, K, T, head_dim) -> (b, H, T, head_dim)
+        scores = (q[:, :, -1:] @ k.transpose(2, 3)).float() * head_dim**-0.5  # (b, H, 1, T)
         weights.append(scores.softmax(dim=-1)[:, :, 0].cpu())
 
-    handles = [layer.self_attn.register_forward_pre_hook(watch) for layer in run.model.language_model.layers]
+    handles = [layer.register_forward_pre_hook(watch) for layer in run.model.language_model.layers]
     try:
         parts = []
         for part in features.split(batch_size):
