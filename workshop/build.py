@@ -7,7 +7,7 @@ A source is plain Python in cells ("percent format"). What follows `# %%` says w
 
     # %% [markdown]      text, as comments
     # %%                 code, in both notebooks
-    # %% setup           the same; what an exercise needs is in cells of this kind (the tests run them, then the exercise)
+    # %% setup           the same, and the exercises need it (a test runs these cells, then an exercise)
     # %% exercise 1.1    code with a blank, in the participants' notebook
     # %% solution 1.1    what stands in its place in solutions/
     # %% check 1.1       the call of the checker, in both

@@ -1,4 +1,4 @@
-"""The checkers of the exercises: `checks.exercise_1_1(my_function)` prints what was right, or raises NotYet with a hint.
+"""The checkers of the exercises: `checks.exercise_1_1(mine)` prints what was right, or raises NotYet with a hint.
 
 In a notebook a NotYet is shown as its one sentence, without a traceback. A checker never needs anything from an
 exercise before it.
@@ -32,8 +32,12 @@ def exercise(number: str, learned: str):
             except NotYet as hint:
                 raise NotYet(f"exercise {number}: {hint}") from None
             except Exception as error:
-                advice = "Is a blank (...) left?" if "ellipsis" in str(error) or is_blank(error) else "Check the shapes."
-                found = f"your code stops with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                advice = (
+                    "Is a blank (...) left?" if "ellipsis" in str(error) or is_blank(error) else "Check the shapes."
+                )
+                found = (
+                    f"your code stops with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
                 raise NotYet(f"exercise {number}: {found}. {advice}") from None
             print(f"✓ exercise {number}: {learned}")
 
@@ -60,7 +64,9 @@ def tensor(value, shape: tuple, what: str = "your function") -> torch.Tensor:
 
 
 def close(value, wanted, tolerance: float = 1e-4) -> bool:
-    return torch.allclose(torch.as_tensor(value).double(), torch.as_tensor(wanted).double(), rtol=tolerance, atol=tolerance)
+    return torch.allclose(
+        torch.as_tensor(value).double(), torch.as_tensor(wanted).double(), rtol=tolerance, atol=tolerance
+    )
 
 
 @contextmanager
@@ -87,7 +93,10 @@ def exercise_1_1(patch_embedding):
     value = tensor(patch_embedding(pixels, weight), wanted.shape)
     if close(value.transpose(1, 2).reshape_as(wanted), wanted) or close(value[:, [0, 3, 6, 1, 4, 7, 2, 5, 8]], wanted):
         raise NotYet("the patches are in the wrong order: row by row, from left to right")
-    need(close(value, wanted), "the shape is right, the numbers are not: flatten channels, rows and columns in this order")
+    need(
+        close(value, wanted),
+        "the shape is right, the numbers are not: flatten channels, rows and columns in this order",
+    )
 
 
 @exercise("1.2", "an image token is a place in the sequence; its id means nothing to the language model.")
@@ -130,7 +139,10 @@ def exercise_1_4(answer, run, image):
     need(isinstance(value, list), f"return the list of new ids, not {type(value).__name__}")
     need(... not in value, "fill in the blank, `...`")
     need(all(isinstance(token, int) for token in value), "the ids are tensors: .item() makes a number of one")
-    need(value[:1] == wanted[:1], f"the first id is {value[:1]}, wanted {wanted[:1]}: the logits behind the LAST position")
+    need(
+        value[:1] == wanted[:1],
+        f"the first id is {value[:1]}, wanted {wanted[:1]}: the logits behind the LAST position",
+    )
     need(value == wanted, f"got {run.tokenizer.decode(value)!r}, wanted {run.tokenizer.decode(wanted)!r}")
 
 
@@ -159,7 +171,10 @@ def exercise_2_2(embed_texts, run):
         value, wanted = tensor(embed_texts(run, texts), (3, run.model.config.text.hidden_size)), encode_text(run, texts)
     need(close(value.norm(dim=-1), torch.ones(3)), "the rows do not have unit length: F.normalize(..., dim=-1)")
     need(not close(value[1], value[0]), "all rows are the same: take the summary of each row")
-    need(close(value[1], wanted[1]), "even the longest text is wrong: did the summary come from run.model's hidden states?")
+    need(
+        close(value[1], wanted[1]),
+        "even the longest text is wrong: did the summary come from run.model's hidden states?",
+    )
     need(close(value, wanted), "only the longest text is right: the others' summaries are at lengths - 1, not at -1")
 
 
@@ -200,7 +215,9 @@ def exercise_3_1(info_nce):
     rows, target = 10.0 * a @ b.T, torch.arange(6)
     one, other = F.cross_entropy(rows, target), F.cross_entropy(rows.T, target)
     need(not close(value, 10 * images @ texts.T), "this is the similarity")
-    need(not close(value, one) and not close(value, other), "one direction only: images must find texts AND texts images")
+    need(
+        not close(value, one) and not close(value, other), "one direction only: images must find texts AND texts images"
+    )
     need(not close(value, one + other), "the mean of both directions, not their sum")
     raw = F.cross_entropy(10.0 * images @ texts.T, target)
     need(not close(value, raw), "not normalised: cosine similarity wants rows of unit length")
@@ -220,7 +237,10 @@ def exercise_3_2(caption_labels, run):
     wanted = torch.full_like(ids, IGNORE)
     wanted[layout.image_summary : -1] = ids[layout.image_summary + 1 :]
     need(value[layout.image_summary] != IGNORE, "the summary position itself predicts the caption's first token")
-    need((value[: layout.image_summary] == IGNORE).all(), "picture and prompt are not trained on: IGNORE before the summary")
+    need(
+        (value[: layout.image_summary] == IGNORE).all(),
+        "picture and prompt are not trained on: IGNORE before the summary",
+    )
     same = (value[layout.image_summary : -1] == ids[layout.image_summary : -1]).all()
     need(not same, "each position predicts itself, which needs no thinking: shift by one")
     need(value[-1] == IGNORE, "behind the last token comes nothing: its label is IGNORE")
@@ -298,7 +318,9 @@ def exercise_4_2(lora_parameters):
     from model import Llava, LlavaConfig, TextConfig
 
     for rank, targets in ((4, ("q_proj", "v_proj")), (16, LoRAConfig().targets)):
-        text = TextConfig(vocab_size=9, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
+        text = TextConfig(
+            vocab_size=9, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4
+        )
         with torch.device("meta"):
             model = Llava(LlavaConfig(text=text, image_token_id=3))
             shapes = [
@@ -355,11 +377,11 @@ def exercise_4_5(soft_embedding):
 
 
 @exercise("5.1", "that is the whole of a training step; the rest of train.py is files and messages.")
-def exercise_5_1(step, run, make):
-    """`make()` gives (optimizer, parameters, losses()): a tiny problem on the real model."""
+def exercise_5_1(step, make):
+    """`make()` gives (run, optimizer, parameters, losses): a small batch on the real model."""
     from lora import trainable_parameters
 
-    optimizer, parameters, losses = make()
+    run, optimizer, parameters, losses = make()
     trained = list(trainable_parameters(run.model).values())
     before = [p.detach().clone() for p in trained]
     peaks = [group["peak_lr"] for group in optimizer.param_groups]
@@ -408,10 +430,8 @@ def exercise_5_3(paired_difference):
     need(... not in value, "fill in the blanks, `...`")
     mean, half = map(float, value)
     need(abs(mean - 4 / 3) < 1e-6, f"the mean difference is {mean:.3f}, wanted 1.333: second minus first, seed by seed")
-    deviation = (2 * (1 / 6) ** 2 + (1 / 3) ** 2) ** 0.5
-    need(abs(half - 4.30 * deviation / 2**0.5 / 3**0.5) > 1e-2 or True, "")
-    wanted = 4.30 * (((1 - 4 / 3) ** 2 + 2 * (1.5 - 4 / 3) ** 2) / 2) ** 0.5 / 3**0.5
-    biased = 4.30 * (((1 - 4 / 3) ** 2 + 2 * (1.5 - 4 / 3) ** 2) / 3) ** 0.5 / 3**0.5
+    squares = (1 - 4 / 3) ** 2 + 2 * (1.5 - 4 / 3) ** 2
+    wanted, biased = (4.30 * (squares / n) ** 0.5 / 3**0.5 for n in (2, 3))
     need(abs(half - biased) > 1e-6, "divide the sum of squares by n - 1, not by n (torch's std does, numpy's does not)")
     need(abs(half - wanted) < 1e-6, f"the half-width is {half:.3f}, wanted {wanted:.3f}: t * deviation / sqrt(n)")
 

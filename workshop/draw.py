@@ -37,8 +37,8 @@ def pictures(images, titles=(), columns: int = 6, width: int = 24, side: float =
 def flow(*rows: list[tuple[str, str, str]], title: str = "") -> None:
     """A slide of boxes, left to right, one row below another. A box is (name, what it gives, color)."""
     longest = max(map(len, rows))
-    figure, axis = plt.subplots(figsize=(min(12, 2.1 * longest), 1.3 * len(rows) + 0.4), layout="constrained")
-    axis.set(xlim=(-0.1, longest + 0.05), ylim=(-len(rows) + 0.05, 0.75))
+    figure, axis = plt.subplots(figsize=(min(12, 2.1 * longest), 1.05 * len(rows) + 0.3), layout="constrained")
+    axis.set(xlim=(-0.1, longest + 0.05), ylim=(0.9 - len(rows), 0.7))
     axis.axis("off")
     for row, boxes in enumerate(rows):
         for column, (name, shape, color) in enumerate(boxes):
@@ -57,8 +57,8 @@ def flow(*rows: list[tuple[str, str, str]], title: str = "") -> None:
 def tokens(*rows: tuple[str, list[tuple[str, str]]], title: str = "", marked=()) -> None:
     """Sequences as strips of tokens: a row is (label, [(word, color), ...]); `marked` are (row, token) places."""
     longest = max(len(words) for _, words in rows)
-    figure, axis = plt.subplots(figsize=(12, 0.85 * len(rows) + 0.5), layout="constrained")
-    axis.set(xlim=(-0.2, longest + 0.2), ylim=(-1.25 * len(rows) + 0.2, 1.0))
+    figure, axis = plt.subplots(figsize=(12, 0.8 * len(rows) + 0.4), layout="constrained")
+    axis.set(xlim=(-0.2, longest + 0.2), ylim=(1.1 - 1.25 * len(rows), 1.0))
     axis.axis("off")
     size = min(8, 420 / longest)
     for row, (label, words) in enumerate(rows):
@@ -88,6 +88,7 @@ def bars(*groups: tuple[str, list[str], list[float]], xlabel: str = "", colors=C
         axis.invert_yaxis()
         axis.set_title(wrapped(title, 44), fontsize=9)
         axis.set_xlabel(xlabel, fontsize=8)
+        axis.locator_params(axis="x", nbins=5)
         axis.spines[["top", "right"]].set_visible(False)
     plt.show()
 
@@ -142,7 +143,9 @@ def patch_grid(image, patch: int) -> None:
         x, y = column * patch + patch / 2 - 0.5, row * patch + patch / 2 - 0.5
         left.text(x, y, str(index), color="white", ha="center", va="center", fontsize=9, weight="bold")
     left.set_title(f"{pixels.shape[1]} x {pixels.shape[0]} pixels, patches of {patch} x {patch}", fontsize=9)
-    strip = [pixels[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] for r in range(count) for c in range(count)]
+    strip = [
+        pixels[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] for r in range(count) for c in range(count)
+    ]
     gap = np.full((patch, 2, 3), 255, np.uint8)
     half = len(strip) // 2
     lines = [np.concatenate([part for each in strip[i : i + half] for part in (each, gap)], 1) for i in (0, half)]
@@ -171,8 +174,10 @@ def curves(*panels: tuple[str, dict[str, list[float]]], xlabel: str = "step", lo
 def scatter(x, y, names, xlabel: str, ylabel: str) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     axis.scatter(x, y, color=BLUE)
-    for place, name in zip(zip(x, y), names):
-        axis.annotate(name, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    for number, (place, name) in enumerate(zip(zip(x, y), names)):
+        shift = (4, -9 if number % 2 else 4)  # neighbours do not write over each other
+        axis.annotate(name, place, xytext=shift, textcoords="offset points", fontsize=7)
+    axis.margins(x=0.25, y=0.12)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.spines[["top", "right"]].set_visible(False)
     plt.show()

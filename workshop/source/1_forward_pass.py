@@ -7,11 +7,11 @@
 # You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 30 minutes, four exercises.
 #
 # How to work: run the cells in order with Shift+Enter. An exercise is a cell with a blank, `...`. The cell below it
-# checks your answer and gives a hint. **Nothing later depends on your answers.** If you are stuck, read the hint, look into
-# `workshop/solutions/`, or go on.
+# checks your answer and gives a hint. **Nothing later depends on your answers.** If you are stuck, read the hint,
+# look into `workshop/solutions/`, or go on.
 #
-# Axes, in this notebook and in the code: **B** batch, **T** tokens, **N** image tokens, **D** hidden size, **H** heads,
-# **V** vocabulary.
+# Axes, in this notebook and in the code: **B** batch, **T** tokens, **N** image tokens, **D** hidden size, **H**
+# heads, **V** vocabulary.
 
 # %% setup
 import inspect
@@ -34,12 +34,11 @@ WORLD = world.build(ROOT / "runs" / "workshop" / "world", train_scenes=1024, tes
 run = load_run(ROOT / "toy" / "tiny-llava", device="cpu")
 model, layout, tokenizer = run.model, run.layout, run.tokenizer
 items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images")  # (path of a picture, its captions)
-torch.manual_seed(0)
-torch.set_grad_enabled(False);  # nothing is trained in this notebook
+_ = torch.set_grad_enabled(False)  # nothing is trained in this notebook
 
 # %% [markdown]
-# That built a small world of pictures (once, a few seconds) and loaded a small LLaVA of 2.3 million parameters. It has
-# the same parts, in the same file format, as the real one of 7 billion.
+# That built a small world of pictures (once, a few seconds) and loaded a small LLaVA of 2.3 million parameters. It
+# has the same parts, in the same file format, as the real one of 7 billion.
 
 # %%
 pictures = [open_image(path) for path, _ in items[:12]]
@@ -75,9 +74,9 @@ draw.flow(
 # %% [markdown]
 # ## From a picture to patches
 #
-# The image processor resizes the picture and normalises each color channel: $x = (\text{pixel}/255 - \text{mean}) /
-# \text{std}$. The numbers come from the checkpoint's `preprocessor_config.json`. The processor keeps the results for all
-# 256 values in a table.
+# The image processor resizes the picture and normalises each color channel:
+# $x = (\text{pixel}/255 - \text{mean}) / \text{std}$. The numbers come from the checkpoint's
+# `preprocessor_config.json`. The processor keeps the results for all 256 values in a table.
 
 # %% setup
 image = open_image(items[0][0])
@@ -99,10 +98,11 @@ print(inspect.getsource(llava_code.VisionTower.forward))
 # %% [markdown]
 # ### Exercise 1.1: the patch embedding without a convolution (4 minutes)
 #
-# A patch is $3 \cdot P \cdot P$ numbers. Its embedding is $W \cdot \text{patch}$: one matrix for all patches. Cutting is
-# done for you. Flatten the patches and multiply.
+# A patch is $3 \cdot P \cdot P$ numbers. Its embedding is $W \cdot \text{patch}$: one matrix for all patches. Cutting
+# is done for you. Flatten the patches and multiply.
 #
 # The weight of the convolution has shape (D, 3, P, P). `tensor.flatten(1)` makes it (D, 3 · P · P).
+
 
 # %% exercise 1.1
 def patch_embedding(pixels, weight):
@@ -130,22 +130,25 @@ checks.exercise_1_1(patch_embedding)
 # %% [markdown]
 # ## The vision tower and the projector
 #
-# CLIP puts a class token in front of the patches, so there is one state more than patches. LLaVA does not want it, and
-# it does not read the last layer either: it takes an earlier one (`vision_feature_layer`), whose states are still about
-# their own place. Then two linear layers bring each patch to the width of the language model.
+# CLIP puts a class token in front of the patches, so there is one state more than patches. LLaVA does not want it,
+# and it does not read the last layer either: it takes an earlier one (`vision_feature_layer`), whose states are still
+# about their own place. Then two linear layers bring each patch to the width of the language model.
 
 # %%
 features = model.vision_tower(pixel_values)
 print("vision tower (B, class token + N, D of the vision tower):", tuple(features.shape))
-print("projector    (B, N, D of the language model):           ", tuple(model.multi_modal_projector(features[:, 1:]).shape))
+print(
+    "projector    (B, N, D of the language model):           ",
+    tuple(model.multi_modal_projector(features[:, 1:]).shape),
+)
 print()
 print(inspect.getsource(llava_code.Llava.image_features))
 
 # %% [markdown]
 # ## One sequence for both
 #
-# The question is text with a hole for the picture: the token `<image>`, once for each patch. Run the cell and read the
-# strip from left to right.
+# The question is text with a hole for the picture: the token `<image>`, once for each patch. Run the cell and read
+# the strip from left to right.
 
 # %% setup
 question = "Describe the image in detail."
@@ -155,13 +158,22 @@ prompt = layout.question(question)  # token ids, a list
 words = [tokenizer.tokenizer.id_to_token(index).replace("<image>", "img") for index in prompt]
 colors = [draw.ORANGE if index == layout.image_id else draw.GREEN for index in prompt]
 draw.tokens(("orange: places of image features, green: words", list(zip(words, colors))))
-print("input_ids (B, T):", (1, len(prompt)), "of which", prompt.count(layout.image_id), "are", layout.image_id, "= <image>")
+print(
+    "input_ids (B, T):",
+    (1, len(prompt)),
+    "of which",
+    prompt.count(layout.image_id),
+    "are",
+    layout.image_id,
+    "= <image>",
+)
 
 # %% [markdown]
 # ### Exercise 1.2: put the image features in their places (4 minutes)
 #
 # Look up the embedding of every id. Then write the features over the rows where the id is the image token's. All
 # pictures have the same number of features, so a boolean mask and one assignment are enough.
+
 
 # %% exercise 1.2
 def splice(input_ids, features, table, image_token_id):
@@ -185,8 +197,8 @@ def splice(input_ids, features, table, image_token_id):
 checks.exercise_1_2(splice)
 
 # %% [markdown]
-# The real code does the same with `masked_scatter` (which also works on tensors that need gradients), and first counts
-# whether places and features match:
+# The real code does the same with `masked_scatter` (which also works on tensors that need gradients), and first
+# counts whether places and features match:
 
 # %%
 print(inspect.getsource(llava_code.Llava.forward))
@@ -199,10 +211,11 @@ print(inspect.getsource(llava_code.Llava.forward))
 # $$ \text{weights} = \text{softmax}\!\left(\frac{q k^\top}{\sqrt{d}}\right), \qquad
 # \text{weights}_{t,s} = 0 \text{ for } s > t $$
 #
-# That last part, *causal*, is what lets a model write. It is also what this whole project rests on: a token cannot know
-# what comes behind it.
+# That last part, *causal*, is what lets a model write. It is also what this whole project rests on: a token cannot
+# know what comes behind it.
 #
 # ### Exercise 1.3: causal attention weights (5 minutes)
+
 
 # %% exercise 1.3
 def attention_weights(q, k):
@@ -228,9 +241,10 @@ def attention_weights(q, k):
 checks.exercise_1_3(attention_weights)
 
 # %% [markdown]
-# PyTorch's fused attention never shows its weights. A trick: attention returns *weights times values*, so if the values
-# are the identity matrix, it returns the weights. We hang that on every layer of the real model and look at what the last token of
-# the question looks at in the picture.
+# PyTorch's fused attention never shows its weights. A trick: attention returns *weights times values*, so if the
+# values are the identity matrix, it returns the weights. We hang that on every layer of the real model and look at
+# what the last token of the question looks at in the picture.
+
 
 # %%
 def watch_attention(ids, pixels):
@@ -258,13 +272,15 @@ print("attention of one layer (B, H, T, T):", tuple(maps[0].shape))
 draw.attention_over(image, {f"layer {i}": w[0, :, -1, is_image].mean(0) for i, w in enumerate(maps)})
 
 # %% [markdown]
-# Brighter means more attention. Some layers look at the places with objects; others hardly look at the picture from here, because
-# the words before have done it already.
+# Brighter means more attention, averaged over the heads; each map has its own scale. Layer 0 looks at the objects.
+# Later layers spread out: by then the patches have talked to each other, and what a position holds is no longer only
+# what was drawn there.
 #
 # ## From hidden states to words
 #
-# The last norm's output is the **hidden state**, one vector of D numbers a token. The head multiplies it by a matrix of V
-# rows: one score, a *logit*, for each word of the vocabulary. The softmax of the logits is the model's bet on the next word.
+# The last norm's output is the **hidden state**, one vector of D numbers a token. The head multiplies it by a matrix
+# of V rows: one score, a *logit*, for each word of the vocabulary. The softmax of the logits is the model's bet on
+# the next word.
 
 # %%
 hidden = model(input_ids, pixel_values)
@@ -273,13 +289,16 @@ print("hidden (B, T, D):", tuple(hidden.shape))
 print("logits (B, T, V):", tuple(logits.shape))
 probability = logits[0, -1].softmax(-1)  # behind the last token of the question
 best = probability.topk(6)
-draw.bars(("the first word of the answer", [tokenizer.tokenizer.id_to_token(i) for i in best.indices.tolist()], best.values))
+draw.bars(
+    ("the first word of the answer", [tokenizer.tokenizer.id_to_token(i) for i in best.indices.tolist()], best.values)
+)
 
 # %% [markdown]
 # ### Exercise 1.4: write a caption, one word at a time (6 minutes)
 #
 # Greedy generation: run the model, take the likeliest next token, put it at the end, repeat. Stop at a stop token. No
 # cache, so each step computes everything again.
+
 
 # %% exercise 1.4
 def answer(model, prompt, pixel_values, most=80):
@@ -314,6 +333,7 @@ checks.exercise_1_4(answer, run, image)
 # The real `Llava.generate` gives the same words and is faster: it keeps keys and values of what it has seen
 # (`KVCache`), so a step computes one token instead of all.
 
+
 # %%
 def describe(pixels):
     ids = model.generate([layout.question(question)] * len(pixels), pixels, max_new_tokens=80)
@@ -327,7 +347,8 @@ draw.pictures(pictures[:3], describe(run.pixel_values(pictures[:3])), columns=3,
 #
 # Reading is good, breaking is better. Each cell changes the real module for a moment, and puts it back.
 #
-# **Swap the features of two pictures.** The language model never sees pixels, so it should describe the other picture.
+# **Swap the features of two pictures.** The language model never sees pixels, so it should describe the other
+# picture.
 
 # %%
 pair = model.image_features(run.pixel_values(pictures[:2]))  # (2, N, D)
@@ -338,8 +359,9 @@ with checks.replaced(model, "image_features", lambda pixels: pair.flip(0)):
 
 # %% [markdown]
 # **Take away positions.** `rotary_embedding` tells attention where a token stands: it turns each pair of numbers in q
-# and k by an angle that grows with the position. Angle 0 everywhere means: no order. Guess first: does the model still know the
-# objects? Their places?
+# and k by an angle that grows with the position. Angle 0 everywhere means: no order. Guess first: does the model
+# still know the objects? Can it still count, and stop?
+
 
 # %%
 def no_rotation(positions, head_dim, theta, dtype):
@@ -352,8 +374,8 @@ with checks.replaced(llava_code, "rotary_embedding", no_rotation):
 print("with them, as it is:", describe(pixel_values)[0])
 
 # %% [markdown]
-# **Take away the picture.** Zeros in place of the features: what does a model say that sees nothing? It makes something
-# up, in perfect grammar. Remember this when a caption sounds convincing.
+# **Take away the picture.** Zeros in place of the features: what does a model say that sees nothing? It makes
+# something up, in perfect grammar. Remember this when a caption sounds convincing.
 
 # %%
 with checks.replaced(model, "image_features", lambda pixels: torch.zeros(len(pixels), N, text.hidden_size)):
@@ -362,8 +384,8 @@ with checks.replaced(model, "image_features", lambda pixels: torch.zeros(len(pix
 # %% [markdown]
 # ## The property that the next notebooks use
 #
-# Causal attention again: states before a token do not change when the token changes. So a caption *behind* the picture and
-# its prompt cannot change the state *at* the prompt. We append a whole caption and compare.
+# Causal attention again: states before a token do not change when the token changes. So a caption *behind* the
+# picture and its prompt cannot change the state *at* the prompt. We append a whole caption and compare.
 
 # %%
 caption_ids = tokenizer.encode(items[0][1][0])
@@ -377,7 +399,8 @@ print(f"largest difference on the common positions: {difference:.1e}")
 #
 # * A picture becomes N vectors that take the places of N tokens. From there on there are only tokens.
 # * The hidden state at a token has seen this token and everything before it, nothing behind it.
-# * The head turns a hidden state into a bet on the next word. In notebook 2 we leave the head away, and keep the hidden
-#   state as an **embedding**.
+# * The head turns a hidden state into a bet on the next word. In notebook 2 we leave the head away, and keep the
+#   hidden state as an **embedding**.
 #
-# If there is time: `print(inspect.getsource(llava_code.KVCache))`, and find the line that lets rows have different lengths.
+# If there is time: `print(inspect.getsource(llava_code.KVCache))`, and find the line that lets rows have different
+# lengths.

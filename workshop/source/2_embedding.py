@@ -1,11 +1,12 @@
 # %% [markdown]
 # # 2. From next token to embedding
 #
-# A LLaVA answers questions. Search needs something else: one vector for a picture and one for a text, near each other when they
-# belong together. This notebook gets such vectors out of the model **without any training**, and measures how good they are.
+# A LLaVA answers questions. Search needs something else: one vector for a picture and one for a text, near each other
+# when they belong together. This notebook gets such vectors out of the model **without any training**, and measures
+# how good they are.
 #
-# You need: what a hidden state is, and that attention is causal (notebook 1). About 25 minutes, four exercises. Nothing later
-# depends on your answers; solutions are in `workshop/solutions/`.
+# You need: what a hidden state is, and that attention is causal (notebook 1). About 25 minutes, four exercises.
+# Nothing later depends on your answers; solutions are in `workshop/solutions/`.
 #
 # Axes: **B** batch, **T** tokens, **D** hidden size, **V** vocabulary.
 
@@ -33,14 +34,15 @@ items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images", most=
 pictures = [open_image(path) for path, _ in items]
 captions = [caption for _, texts in items for caption in texts]
 image_of_text = torch.tensor([index for index, (_, texts) in enumerate(items) for _ in texts])
-torch.set_grad_enabled(False);  # nothing is trained in this notebook
+_ = torch.set_grad_enabled(False)  # nothing is trained in this notebook
 
 # %% [markdown]
 # ## Two roads that meet at one token
 #
-# The trick is a question. We show the picture and ask *"Summarize the provided image in one word:"*. Before the model says that word,
-# everything it would say is packed into **one** hidden state: that of the last token of the prompt. We take this state and never
-# say the word. A text gets the same treatment with its own question. Both roads end in the same language model, at the same kind of token.
+# The trick is a question. We show the picture and ask *"Summarize the provided image in one word:"*. Before the model
+# says that word, everything it would say is packed into **one** hidden state: that of the last token of the prompt.
+# We take this state and never say the word. A text gets the same treatment with its own question. Both roads end in
+# the same language model, at the same kind of token.
 
 # %%
 blank = tokenizer.tokenizer.id_to_token
@@ -59,12 +61,16 @@ for label, ids, prompt_ids in [
         for place, index in enumerate(ids)
     ]
     strips.append((label, words))
-draw.tokens(*strips, title="The outlined token is the summary.", marked={(0, len(image_ids) - 1), (1, len(text_ids) - 1)})
+draw.tokens(
+    *strips, title="The outlined token is the summary.", marked={(0, len(image_ids) - 1), (1, len(text_ids) - 1)}
+)
 print("image side (B, T):", (1, len(image_ids)), "  text side (B, T):", (1, len(text_ids)))
 
 # %% [markdown]
-# What would the model say? Here is its next-token distribution at the summary, for a picture and for one of its captions. The toy's
-# language has compound nouns ("red-ring") for what belongs together, so that one word can say who owns what.
+# What would the model say? Here is its next-token distribution at the summary, for a picture and for one of its
+# captions. The toy's language has compound nouns ("red-ring") for what belongs together, so that one word can say who
+# owns what.
+
 
 # %%
 def next_words(ids, pixels=None, count=8):
@@ -86,9 +92,10 @@ draw.bars(
 #
 # ### Exercise 2.1: find the summary in a padded batch (4 minutes)
 #
-# Sequences of a batch have different lengths. Shorter ones are filled up with padding on the **right**. So the summary of row b is not
-# at position -1. It is at position `lengths[b] - 1`. Taking -1 is the most common silent bug in embedding code: nothing crashes, the numbers
-# are just bad.
+# Sequences of a batch have different lengths. Shorter ones are filled up with padding on the **right**. So the
+# summary of row b is not at position -1. It is at position `lengths[b] - 1`. Taking -1 is the most common silent bug
+# in embedding code: nothing crashes, the numbers are just bad.
+
 
 # %% exercise 2.1
 def summary_states(hidden, lengths):
@@ -110,8 +117,10 @@ checks.exercise_2_1(summary_states)
 # %% [markdown]
 # ### Exercise 2.2: embed texts (5 minutes)
 #
-# Three steps: lay out each text with its prompt (`layout.text_side(text)` gives the ids), run the padded batch through the model, take the
-# summary states and bring them to unit length: $e = h / \lVert h \rVert$, so that a dot product is a cosine.
+# Three steps: lay out each text with its prompt (`layout.text_side(text)` gives the ids), run the padded batch
+# through the model, take the summary states and bring them to unit length: $e = h / \lVert h \rVert$, so that a dot
+# product is a cosine.
+
 
 # %% exercise 2.2
 def embed_texts(run, texts):
@@ -154,7 +163,14 @@ images, texts = encode_image(run, pictures), encode_text(run, captions)
 scores = texts @ images.T  # (texts, images), cosine similarities
 
 # %%
-print("images (B, D):", tuple(images.shape), " texts (B, D):", tuple(texts.shape), " scores (texts, images):", tuple(scores.shape))
+print(
+    "images (B, D):",
+    tuple(images.shape),
+    " texts (B, D):",
+    tuple(texts.shape),
+    " scores (texts, images):",
+    tuple(scores.shape),
+)
 draw.matrices(("cosine: 12 captions (down) with their 12 pictures (across)", scores[0:24:2, :12]))
 
 # %% [markdown]
@@ -162,9 +178,10 @@ draw.matrices(("cosine: 12 captions (down) with their 12 pictures (across)", sco
 #
 # ### Exercise 2.3: recall at 1 (5 minutes)
 #
-# R@1 is the share of texts whose own picture has the highest score of all pictures. One trap: **ties**. If a broken model gives every
-# picture the same score, "my score is at least as high as the others" is always true, and R@1 would be 100 %. So the own
-# picture must be *strictly* better than every other one.
+# R@1 is the share of texts whose own picture has the highest score of all pictures. One trap: **ties**. If a broken
+# model gives every picture the same score, "my score is at least as high as the others" is always true, and R@1 would
+# be 100 %. So the own picture must be *strictly* better than every other one.
+
 
 # %% exercise 2.3
 def recall_at_1(scores, image_of_text):
@@ -191,8 +208,9 @@ for way, value in recall_at_k(scores, image_of_text).items():
 print(f"chance of t2i_r1: {100 / len(pictures):.2f} %")
 
 # %% [markdown]
-# T2I is text to image, I2T image to text. Now look. Five searches; a green frame marks the right picture, for search words
-# that were the caption of one.
+# T2I is text to image, I2T image to text; `r1`, `r5` and `r10` ask whether the right one is among the first 1, 5 or
+# 10. Now look. Three captions, and the six nearest pictures of each, with their cosine. A green frame marks the
+# caption's own picture.
 
 # %%
 for text_index in (0, 8, 16):
@@ -205,15 +223,16 @@ for text_index in (0, 8, 16):
 # %% [markdown]
 # ## The prompt matters
 #
-# Does it have to be this question? We try others, and one without any. For each we measure R@1, and the **entropy** of the next-token
-# distribution at the summary:
+# Does it have to be this question? We try others, and an empty one (then only `ASSISTANT:` follows). For each we
+# measure R@1, and the **entropy** of the next-token distribution at the summary:
 #
 # $$ H = -\sum_v p_v \log p_v $$
 #
-# It is 0 when the model is sure of one word, and $\log V$ when all words are equally likely. The paper found over 50 prompts: higher entropy goes
-# with richer embeddings and better retrieval.
+# It is 0 when the model is sure of one word, and $\log V$ when all words are equally likely. The paper found over 50
+# prompts: higher entropy goes with richer embeddings and better retrieval.
 #
 # ### Exercise 2.4: entropy (3 minutes)
+
 
 # %% exercise 2.4
 def entropy(logits):
@@ -233,8 +252,9 @@ def entropy(logits):
 checks.exercise_2_4(entropy)
 
 # %% [markdown]
-# Two more numbers tell how rich the embeddings are: the **effective rank** is $\exp H(\sigma)$, the entropy of the singular values of the
-# embedding matrix, scaled to sum to 1. It says how many directions the embeddings really use, out of D. The cell takes half a minute.
+# One more number tells how rich the embeddings are. The **effective rank** is $\exp H(\sigma)$: the exponential of
+# the entropy of the embedding matrix's singular values, scaled to sum to 1. It says how many directions the
+# embeddings really use, out of D. The cell takes up to half a minute.
 
 # %%
 PROMPTS = {  # name: (image prompt, text prompt)
@@ -243,7 +263,7 @@ PROMPTS = {  # name: (image prompt, text prompt)
     "what color": ("What color is the object?", "What color is the object?"),
     "how many": ("How many objects are there?", "How many objects are there?"),
     "yes or no": ("Is there a picture? yes no", "Is there a picture? yes no"),
-    "no prompt": ("", ""),
+    "empty question": ("", ""),
 }
 
 
@@ -261,21 +281,26 @@ for name, (image_prompt, text_prompt) in PROMPTS.items():
     states = model(torch.tensor([other.layout.image_side()] * 64), run.pixel_values(pictures[:64]))[:, -1]  # (64, D)
     log_p = model.logits(states).log_softmax(-1)
     results[name] = recall, -(log_p.exp() * log_p).sum(-1).mean().item(), effective_rank(i)
-    print(f"{name:24} T2I R@1 {results[name][0]:5.1f} %   entropy {results[name][1]:.2f}   effective rank {results[name][2]:.0f}")
+    print(f"{name:24} T2I R@1 {recall:5.1f} %   entropy {results[name][1]:.2f}   effective rank {results[name][2]:.0f}")
 
 # %%
 recalls, entropies, _ = zip(*results.values())
 draw.scatter(entropies, recalls, list(results), "entropy of the next token (nats)", "T2I R@1 of 200, %")
 
 # %% [markdown]
-# Read it with care: six prompts and one small model, which has heard few questions in its life. What is plain: a question with one short answer (how many?)
-# leaves a state that knows little else, and the question for a one-word summary wins clearly. `python -m workshop.figures prompts` repeats this with more
-# prompts, where that file is there.
+# Two things to see:
+#
+# * *Describe the image* has entropy 0 and R@1 near zero. Of course: every description begins with "there". The state
+#   behind this prompt is busy with one word that is the same for all pictures. *How many* is the same story with
+#   three words.
+# * High entropy goes with good retrieval, as in the paper. But read it with care: six prompts, one small model. And
+#   the empty question does as well as the paper's: half of this model's pre-training was one-word summaries, so that
+#   is what it does when nothing is asked. A real LLaVA would begin to chat.
 #
 # ## Who owns what
 #
-# Same words, different owners: a test in the manner of Winoground. A model that reads a caption like a bag of words cannot tell these apart. Row: caption.
-# Column: picture. The diagonal must win.
+# Same words, different owners: a test in the manner of Winoground. A model that reads a caption like a bag of words
+# cannot tell these apart. Row: caption. Column: picture. In each row and each column the diagonal must win.
 
 # %%
 quadruples = read_winoground(WORLD / "test" / "winoground" / "examples.jsonl", WORLD / "test" / "winoground" / "images")
@@ -291,6 +316,8 @@ for item in quadruples[:2]:
 #
 # * An embedding is the hidden state at the last token of a well-chosen prompt. No new head, no pooling layer.
 # * Right padding: the summary is at `lengths - 1`, never at -1.
-# * The untrained model retrieves already. It was trained to say, not to compare: what is left to win is what notebooks 3 and 5 train.
+# * The untrained model retrieves already. It was trained to say, not to compare: what is left to win is what
+#   notebooks 3 and 5 train.
 #
-# If there is time: add your own prompt to `PROMPTS`. The model knows the words in `toy/tiny-llava/tokenizer.json`, any other is `<unk>`.
+# If there is time: add your own prompt to `PROMPTS`. The model knows the words in `toy/tiny-llava/tokenizer.json`,
+# any other is `<unk>`.
