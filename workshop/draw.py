@@ -202,14 +202,15 @@ def grouped_bars(columns: list[str], rows: dict[str, list[float]], ylabel: str =
 def blocks(*parts: tuple[str, int, int, str], title: str = "") -> None:
     """Matrices as rectangles to scale: (name, rows, columns, color), in a row."""
     largest = max(max(rows, columns) for _, rows, columns, _ in parts)
-    figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    width = sum(2 * columns / largest + 0.9 for _, _, columns, _ in parts)
+    figure, axis = plt.subplots(figsize=(1.2 * width + 0.4, 3.6), layout="constrained")
     x = 0.0
     for name, rows, columns, color in parts:
         w, h = 2 * columns / largest, 2 * rows / largest
         axis.add_patch(Rectangle((x, -h / 2), w, h, facecolor=color, alpha=0.4, edgecolor=color))
         axis.text(x + w / 2, -1.25, f"{name}\n{rows} x {columns}", ha="center", va="top", fontsize=8)
         x += w + 0.9
-    axis.set(xlim=(-0.3, x), ylim=(-2.0, 1.15), aspect="equal")
+    axis.set(xlim=(-0.3, x), ylim=(-1.8, 1.1), aspect="equal")
     axis.axis("off")
-    axis.set_title(title, fontsize=11, loc="left")
+    axis.set_title(wrapped(title, 44), fontsize=10, loc="left")
     plt.show()

@@ -210,7 +210,7 @@ print(f"chance of t2i_r1: {100 / len(pictures):.2f} %")
 # %% [markdown]
 # T2I is text to image, I2T image to text; `r1`, `r5` and `r10` ask whether the right one is among the first 1, 5 or
 # 10. Now look. Three captions, and the six nearest pictures of each, with their cosine. A green frame marks the
-# caption's own picture.
+#     caption's own picture.
 
 # %%
 for text_index in (0, 8, 16):

@@ -105,7 +105,7 @@ noise = losses.contrastive_loss(torch.randn(64, 128), torch.randn(64, 128), 1.0)
 print(f"random embeddings, B = 64: {noise:.2f}; chance is log B = {torch.tensor(64.0).log():.2f}")
 
 # %% [markdown]
-# Keep that number in mind: a loss at log B means that nothing is learned yet.
+# Keep log B in mind: a loss at log B means that nothing is learned yet.
 #
 # ## Where the gradient goes
 #
@@ -124,8 +124,9 @@ weights = (encode_image(run, pictures) @ encode_text(run, short).T / 0.07).softm
 draw.matrices(("p: which text each picture picks", weights), numbers=True)
 
 # %% [markdown]
-# Pictures 0 and 1 are twins, and whatever probability is lost is lost to the twin's text. This is why `train.py`
-# keeps twins in the same batch (`--groups`).
+# Pictures 0 and 1 are twins, and so are 4 and 5 (in the matrices above they were the 2 x 2 blocks on the diagonal).
+# Whatever probability is lost is lost to the twin's text. This is why `train.py` keeps twins in the same batch
+# (`--groups`).
 #
 # ## The autoregressive loss
 #

@@ -66,14 +66,13 @@ draw.blocks(
 class TenLineLoRA(nn.Module):
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.weight, self.bias = base.weight.detach(), base.bias  # W (out, in), frozen
-        self.bias = None if base.bias is None else base.bias.detach()
+        self.base = base.requires_grad_(False)  # W (out, in), frozen
         self.scale = alpha / rank
         self.A = nn.Parameter(torch.randn(rank, base.in_features) / rank**0.5)  # (R, in)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))  # (out, R)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        y = F.linear(x, self.weight, self.bias)  # W x
+        y = self.base(x)  # W x
         return ...  # y + scale * B A x: two F.linear, A first
 
 
@@ -81,14 +80,13 @@ class TenLineLoRA(nn.Module):
 class TenLineLoRA(nn.Module):
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.weight, self.bias = base.weight.detach(), base.bias  # W (out, in), frozen
-        self.bias = None if base.bias is None else base.bias.detach()
+        self.base = base.requires_grad_(False)  # W (out, in), frozen
         self.scale = alpha / rank
         self.A = nn.Parameter(torch.randn(rank, base.in_features) / rank**0.5)  # (R, in)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))  # (out, R)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        y = F.linear(x, self.weight, self.bias)  # W x
+        y = self.base(x)  # W x
         return y + self.scale * F.linear(F.linear(x, self.A), self.B)
 
 
@@ -341,19 +339,31 @@ train(prompted, config, CaptionDataset(WORLD / "train.jsonl", prompted.layout, p
 print(f"text to image R@1: {before:.1f} -> {t2i(prompted):.1f} %")
 
 # %% [markdown]
-# What did the prompts become? For each row, how far it moved (1 is the length of an average word's embedding), and
-# the nearest word of the vocabulary by cosine.
+# A step in the right direction at most: with 800 captions, one point up or down is noise. The full run of the toy
+# (150 steps of 128) gains 6 points by soft prompts alone, and 10 with LoRA (`toy/ablation.md`, three seeds).
+#
+# What did the prompts become? For each token: the nearest word of the vocabulary now (by cosine), how far it moved,
+# in lengths of the vector it was, and the cosine with that vector.
 
 # %%
 prompt = prompted.model.language_model.embed_tokens
 table = prompt.weight.detach()  # (V, D)
-moved = (prompt.image.detach() - table[layout.image_prompt]).norm(dim=-1) / table.norm(dim=-1).mean()
-nearest = (F.normalize(prompt.image.detach(), dim=-1) @ F.normalize(table, dim=-1).T).argmax(-1)
+start, end = table[layout.image_prompt], prompt.image.detach()  # (P, D)
+moved = (end - start).norm(dim=-1) / start.norm(dim=-1)
+cosine = F.normalize(end, dim=-1) @ F.normalize(table, dim=-1).T  # (P, V)
+nearest, own = cosine.argmax(-1), cosine.gather(1, torch.tensor(layout.image_prompt)[:, None])[:, 0]
 names = [tokenizer.tokenizer.id_to_token(i) for i in layout.image_prompt]
 labels = [f"{name} → {tokenizer.tokenizer.id_to_token(i)}" for name, i in zip(names, nearest.tolist())]
-draw.bars(("the image prompt: was → nearest word, and how far it moved", labels, moved.tolist()))
+draw.bars(
+    ("was → nearest word now; how far it moved", labels, moved.tolist()),
+    ("cosine with the word that it was", labels, own.tolist()),
+)
 
 # %% [markdown]
+# They moved by several times their own length, yet most of them are still nearest to the word they were: they left
+# along directions that no word uses. The paper saw something alike in LLaVA: soft prompts hardly change their
+# meaning.
+#
 # ## What to take home
 #
 # * LoRA: $W$ frozen, $BA$ trained, $B$ starts at zero. Folded into W it costs nothing.
