@@ -71,8 +71,6 @@ def inside(root: Path, name: str) -> Path:
 
 
 # ---- Text
-
-
 class TextTokenizer:
     """The checkpoint's own tokenizer.json. Text is always plain text, unless a template of ours asks for more."""
 
@@ -135,8 +133,7 @@ class Layout:
     Each part between bars is tokenized on its own, so that a prompt's ids never depend on the text around it (which
     puts LLaMA's space token in front of the text prompt's line break, as it stands there after an image). With
     `soft_start`, the prompts' tokens are replaced by the ids soft_start, soft_start + 1, ... that lora.SoftPrompt
-    embeds; `prompt_ids` are the hand-written tokens that these ids began as.
-    """
+    embeds; `prompt_ids` are the hand-written tokens that these ids began as."""
 
     def __init__(
         self,
@@ -165,7 +162,6 @@ class Layout:
         return Layout(self.tokenizer, self.num_image_tokens, *self.prompt_texts, soft_start)
 
     def with_image_prompt(self, text: str) -> "Layout":
-        """The same with another prompt behind the image, hand-written."""
         return Layout(self.tokenizer, self.num_image_tokens, text, self.prompt_texts[1])
 
     def fill(self, template: str, text: str = "") -> list[int]:
@@ -183,8 +179,7 @@ class Layout:
         return self.fill("\n{text}" + self.template.assistant, text)
 
     def image_side(self, caption: list[int] | None = None) -> list[int]:
-        """An image and its prompt, followed by the ids of a long caption (which the summary cannot see: attention is
-        causal). The image is summarized at position `image_summary`."""
+        """An image, its prompt, and the ids of a long caption, which the summary at `image_summary` cannot see."""
         return self.image_prefix + self.image_prompt + (caption + [self.stop_id] if caption else [])
 
     def text_side(self, caption: str) -> list[int]:
@@ -201,16 +196,13 @@ class Layout:
 
 
 # ---- Images
-
-
 def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.Image:
     """Read a picture, a whole file or `part` (offset, bytes) of one, as upright RGB. Raises DataError for what is
     missing, broken, a decompression bomb, or too long.
 
     Decided: rotation by EXIF is applied (as transformers' load_image does); transparency is composited on white (as
     transformers 5 does); 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white); of an animation the
-    first frame is taken; only JPEG, PNG, WebP, GIF and BMP are opened (other readers of Pillow run programs).
-    """
+    first frame is taken; only JPEG, PNG, WebP, GIF and BMP are opened (other readers of Pillow run programs)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -220,11 +212,7 @@ def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.I
                     file.seek(part[0])
                     source, path = io.BytesIO(file.read(part[1])), f"{path}, bytes from {part[0]}"
             with Image.open(source, formats=["JPEG", "PNG", "WEBP", "GIF", "BMP"]) as image:
-                if max(image.size) > 200 * min(image.size):  # resizing its short side would take gigabytes
-                    raise DataError(f"{path}: {image.width} x {image.height} pixels are too long for an image")
-                return to_rgb(ImageOps.exif_transpose(image))
-    except DataError:
-        raise
+                rgb = to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -233,6 +221,9 @@ def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.I
         raise DataError(f"{path}: not a JPEG, PNG, WebP, GIF or BMP image") from None
     except Exception as error:  # whatever Pillow's decoders find: truncated data, bad checksums, broken headers
         raise DataError(f"{path}: the image is damaged ({error})") from None
+    if max(rgb.size) > 200 * min(rgb.size):  # resizing its short side would take gigabytes
+        raise DataError(f"{path}: {rgb.width} x {rgb.height} pixels are too long for an image")
+    return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -249,7 +240,6 @@ class ImageProcessor:
 
     def __init__(self, raw: dict, where: str = "preprocessor_config.json"):
         def read(key, convert, default=None):
-            """One field, converted. What cannot be is refused by its name."""
             value = raw.get(key, default)
             try:
                 return convert(value)
@@ -257,33 +247,24 @@ class ImageProcessor:
                 found = "missing" if value is None else f"{value!r}, which cannot be used"
                 raise DataError(f"{where}: {key} is {found}") from None
 
-        def side(value) -> int:
-            if type(value) is not int or not 0 < value <= 4096:
+        def size(value) -> tuple[int, ...]:
+            """(height, width), or the length of the shortest edge alone. An integer is a square."""
+            given = {"height": value, "width": value} if type(value) is int else value
+            given = {key: length for key, length in given.items() if length is not None}
+            lengths = (given["height"], given["width"]) if given.keys() != {"shortest_edge"} else tuple(given.values())
+            if not all(type(length) is int and 0 < length <= 4096 for length in lengths):
                 raise ValueError
-            return value
+            return lengths
 
-        def pair(value) -> tuple[int, int]:
-            """An integer or {"height", "width"}."""
-            return (side(value),) * 2 if type(value) is int else (side(value["height"]), side(value["width"]))
-
-        def size(value) -> int | tuple[int, int]:
-            """The length of the shortest edge, or exactly (height, width)."""
-            if type(value) is int:
-                return side(value) if crop else pair(value)  # the first is how old CLIP configs write it
-            given = {key: length for key, length in value.items() if length is not None}
-            return side(given["shortest_edge"]) if given.keys() == {"shortest_edge"} else pair(given)
-
-        def channels(value) -> np.ndarray:
-            return np.array(value, np.float32).reshape(3)
-
-        crop = read("crop_size", pair) if raw.get("do_center_crop", "crop_size" in raw) else None
+        crop = read("crop_size", size) if raw.get("do_center_crop", "crop_size" in raw) else None
         self.resized = read("size", size)
-        smallest = (self.resized,) * 2 if isinstance(self.resized, int) else self.resized
-        if isinstance(self.resized, int) > bool(crop) or any(c > s for c, s in zip(crop or (), smallest)):
-            raise DataError(f"{where}: size {raw['size']!r} and crop_size {crop} do not give images of one size")
+        if crop and type(raw["size"]) is int:  # so old CLIP configs write the shortest edge
+            self.resized = self.resized[:1]
         self.size = crop or self.resized  # (height, width) of what comes out
+        if len(self.size) == 1 or any(wanted > there for wanted, there in zip(self.size, self.resized * 2)):
+            raise DataError(f"{where}: size {raw['size']!r} and crop_size {crop} do not give images of one size")
         self.resample = read("resample", Image.Resampling, 3)
-        mean, std = read("image_mean", channels), read("image_std", channels)
+        mean, std = (read(key, lambda rgb: np.array(rgb, np.float32).reshape(3)) for key in ("image_mean", "image_std"))
         factor = read("rescale_factor", float, 1 / 255) if raw.get("do_rescale", True) else 1.0
         for key, wanted in (("do_resize", True), ("do_normalize", True), ("do_pad", False)):
             if raw.get(key, wanted) not in (wanted, None):
@@ -309,8 +290,8 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB image -> (3, height, width) fp32."""
-        if isinstance(self.resized, int):
-            width, height = (int(self.resized * side / min(image.size)) for side in image.size)  # truncated, as there
+        if len(self.resized) == 1:
+            width, height = (int(self.resized[0] * side / min(image.size)) for side in image.size)  # not rounded
         else:
             height, width = self.resized
         pixels = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3) uint8
@@ -320,8 +301,6 @@ class ImageProcessor:
 
 
 # ---- Training data
-
-
 @dataclass
 class Sample:
     """One record, read: an image and one caption of each kind, where there is one."""
@@ -365,8 +344,7 @@ class CaptionDataset(Dataset):
     Args:
         contrast: which captions feed the contrastive loss; "long" is for showing why it must be "short".
     Raises:
-        DataError: when a file has no usable record, or more than 1 % of its lines are faulty.
-    """
+        DataError: when a file has no usable record, or more than 1 % of its lines are faulty."""
 
     def __init__(
         self,
@@ -378,33 +356,30 @@ class CaptionDataset(Dataset):
     ):
         self.path, self.layout, self.processor, self.contrast = Path(path), layout, processor, contrast
         self.root = Path(image_root) if image_root else self.path.parent
-        offsets, groups, self.faults = [], {}, Counter()
+        offset, offsets, groups, first_fault, self.faults = 0, [], {}, "", Counter()
         self.units: list[int] = []  # records of one unit stay neighbours
-        first_fault = ""
-        for number, (offset, line) in enumerate(self.lines(), 1):
+        for number, line in enumerate(self.lines(), 1):
             try:
-                group = parse_record(line).get("group")
+                if line.strip():
+                    group = parse_record(line).get("group")
+                    self.units.append(number if group is None else groups.setdefault(group, number))
+                    offsets.append(offset)
             except DataError as error:
                 self.faults[str(error)] += 1
                 first_fault = first_fault or f"line {number}: {error}"
-                continue
-            self.units.append(number if group is None else groups.setdefault(group, number))
-            offsets.append(offset)
+            offset += len(line)
         self.offsets = np.array(offsets, np.int64)
-        faulty = self.faults.total()
-        total = faulty + len(offsets)
-        if not offsets or faulty > 0.01 * total:
+        faulty, usable = self.faults.total(), len(offsets)
+        if not faulty and not usable:
+            raise DataError(f"{path}: is empty")
+        if faulty > 0.01 * (faulty + usable) or not usable:
             counts = "; ".join(f"{count} x {reason}" for reason, count in self.faults.most_common(5))
-            raise DataError(f"{path}: {faulty} of {total} lines cannot be used, {first_fault} ({counts})")
+            raise DataError(f"{path}: {faulty} of {faulty + usable} lines cannot be used, {first_fault} ({counts})")
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
+    def lines(self) -> Iterator[bytes]:
         try:
             with open(self.path, "rb") as file:
-                offset = 0
-                for line in tqdm(file, desc=f"reading {self.path.name}", unit=" lines", delay=2, leave=False):
-                    if line.strip():
-                        yield offset, line
-                    offset += len(line)
+                yield from tqdm(file, desc=f"reading {self.path.name}", unit=" lines", delay=2, leave=False)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
 
@@ -434,12 +409,11 @@ class CaptionDataset(Dataset):
         index, draw = key
         try:
             record = self.record(index)
-            short, long = self.captions(record)
-            long_ids = long[draw % len(long)] if long else None
-            if not short and not long:
+            chosen = [kind[draw % len(kind)] if kind else None for kind in self.captions(record)]
+            if not any(chosen):
                 raise DataError("no caption is left")
             pixels = self.processor(open_image(inside(self.root, record["image"]), record.get("part")))
-            return Sample(pixels, short[draw % len(short)] if short else None, long_ids)
+            return Sample(pixels, *chosen)
         except DataError as error:
             return f"{self.path.name}, record {index}: {error}"
 
@@ -470,8 +444,7 @@ class ResumableSampler(Sampler):
     """Batches of (record, draw) for `CaptionDataset`: a function of the seed and the step, so any step can be resumed.
 
     Every epoch is a new permutation; the records of one unit stay neighbours (a batch's border may part them). An
-    epoch's last records that do not fill a batch wait for the next permutation.
-    """
+    epoch's last records that do not fill a batch wait for the next permutation."""
 
     def __init__(self, units: list[int], batch_size: int, steps: int, seed: int = 0, first_step: int = 0):
         if len(units) < batch_size:
@@ -501,17 +474,15 @@ def collate(
     `multiple` of tokens (GPUs, and what is compiled, like few and round lengths).
 
     `caption_share` is the share of the images with both kinds of captions whose long one is trained on, the first ones;
-    an image that has only a long caption always trains it.
-    """
+    an image that has only a long caption always trains it."""
     good = [sample for sample in samples if isinstance(sample, Sample)]
     supervised = math.ceil(caption_share * sum(sample.short is not None and sample.long is not None for sample in good))
     images, texts, num_tokens = [], [], 0
     for sample in good:
         caption = sample.long if sample.short is None or supervised > 0 else None
         supervised -= sample.short is not None and caption is not None
-        pair = -1
-        if sample.short is not None:
-            pair = len(texts)
+        pair = len(texts) if sample.short is not None else -1
+        if pair >= 0:
             texts.append((layout.text_side(sample.short), pair, None))
         if pair >= 0 or caption:
             images.append((layout.image_side(caption), pair, sample.pixel_values))
@@ -546,7 +517,9 @@ def fields_of(path: str | Path) -> Iterator[None]:
     """Turn what a file of another shape runs into, a missing key or a wrong type, into a DataError that names it."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8
         raise DataError(f"{path}: not in the expected format ({type(error).__name__}: {error})") from None
 
 
@@ -573,7 +546,10 @@ def read_retrieval(
             chosen = [image for image in content["images"] if image["split"] == split]
             names = [str(Path(image.get("filepath", "")) / image["filename"]) for image in chosen]
             items = [(name, [each["raw"] for each in image["sentences"]]) for name, image in zip(names, chosen)]
-        items = [(name, [texts] if isinstance(texts, str) else texts) for name, texts in items]
+        joined = defaultdict(list)  # some files have a line for each caption; an image must not compete with itself
+        for name, texts in items:
+            joined[name] += [texts] if isinstance(texts, str) else texts
+        items = joined.items()
         if not any(texts for _, texts in items):
             raise DataError(f"{path}: no captions of images (of split {split!r}, if it has splits)")
         return [(inside(Path(image_root), name), [text.strip() for text in texts[:most]]) for name, texts in items]
@@ -595,10 +571,14 @@ def read_imagenet(root: str | Path, names: str | Path | None = None) -> tuple[li
                 content = list(map(dict(pairs).__getitem__, folders))
             classes = [name.replace("_", " ").strip() for name in content]
     elif names:
-        classes = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines() if line.strip()]
+        with fields_of(names), open(names, encoding="utf-8") as file:
+            classes = [line.strip() for line in file if line.strip()]
     if not folders or len(classes) != len(folders):
         raise DataError(f"{names or root}: {len(classes)} class names for the {len(folders)} folders of {root}")
-    return [(path, index) for index, folder in enumerate(folders) for path in pictures_in(root / folder)], classes
+    pictures = [(path, index) for index, folder in enumerate(folders) for path in pictures_in(root / folder)]
+    if not pictures:
+        raise DataError(f"{root}: no pictures in its {len(folders)} folders")
+    return pictures, classes
 
 
 def read_sugarcrepe(path: str | Path, image_root: str | Path, captions: tuple[str, ...]) -> list[dict]:

@@ -81,9 +81,10 @@ class Run:
         return any(module.enabled for module in adapters(self.model).values())
 
     def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
-        """RGB images -> (B, 3, height, width) on the model's device."""
+        """RGB images, or what the processor made of them -> (B, 3, height, width) on the model's device."""
         with ThreadPoolExecutor() as threads:
-            return torch.stack(list(threads.map(self.processor, images))).to(self.model.device, self.model.dtype)
+            ready = threads.map(lambda image: image if torch.is_tensor(image) else self.processor(image), images)
+            return torch.stack(list(ready)).to(self.model.device, self.model.dtype)
 
 
 def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
@@ -167,6 +168,9 @@ def encode_text(run: Run, texts: list[str], batch_size: int = 256) -> torch.Tens
 def encode(run: Run, rows: list[list[int]], images: list[Image.Image] | None, batch_size: int) -> torch.Tensor:
     """Token ids that end at the summary position, and an image for each row or for none -> (B, D)."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
+    longest, known = max(map(len, rows), default=0), run.model.config.text.max_position_embeddings
+    if longest > known:
+        raise DataError(f"a text and its prompt are {longest} tokens, the model has {known} positions; shorten it")
     embeddings = torch.empty(len(rows), run.model.config.text.hidden_size)
     device = run.model.device
     for start in range(0, len(rows), batch_size):
@@ -206,7 +210,8 @@ class Embeddings:
         keys = [self.digest(path) for path in tqdm(paths, desc="looking at pictures", delay=2, leave=False)]
         if self.folder and self.files != before:
             write_atomically(self.index, lambda path: path.write_text(json.dumps(self.files)))
-        return self.look_up(keys, paths, 64, "pictures", open_image, encode_image)
+        load = lambda path: self.run.processor(open_image(path))  # noqa: E731  (small at once)
+        return self.look_up(keys, paths, 64, "pictures", load, encode_image)
 
     def texts(self, captions: list[str]) -> torch.Tensor:
         """Strings -> (captions, D)."""
@@ -215,20 +220,23 @@ class Embeddings:
 
     def digest(self, path: Path) -> bytes:
         """SHA-256 of a file, which is read again only when its size or time has changed."""
+        name = os.path.abspath(path)  # a cache may be used from several folders
         try:
             stat = path.stat()
-            if self.files.get(str(path), [])[:2] != [stat.st_size, stat.st_mtime_ns]:
+            if self.files.get(name, [])[:2] != [stat.st_size, stat.st_mtime_ns]:
                 digest = hashlib.sha256()
                 with open(path, "rb") as file:
                     while block := file.read(2**20):
                         digest.update(block)
-                self.files[str(path)] = [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+                self.files[name] = [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
         except OSError as error:
             raise DataError(f"{path}: no such image ({error.strerror})") from None
-        return bytes.fromhex(self.files[str(path)][2])
+        return bytes.fromhex(self.files[name][2])
 
     def look_up(self, keys: list[bytes], items: list, size: int, name: str, load: Callable, encode: Callable):
         """A row for each item, whose key says what is the same; what is new is loaded and encoded, `size` at a time."""
+        if not items:
+            raise DataError(f"there are no {name} to embed")
         new = list({key: item for key, item in zip(keys, items) if key not in self.known}.items())
         for start in tqdm(range(0, len(new), size), desc=f"embedding {len(new)} {name}", delay=2, leave=False):
             part = dict(new[start : start + size])
@@ -245,13 +253,17 @@ class Embeddings:
 
 
 def fingerprint(run: Run) -> str:
-    """Names what an embedding depends on besides its input: every tensor, the prompts, the preparation of pixels."""
-    p, layout = run.processor, run.layout
+    """Names what an embedding depends on besides its input: the settings, the prompts, the tokenizer, the preparation
+    of pixels, and every tensor, by its sums along each axis."""
+    p, layout, lora = run.processor, run.layout, [getattr(each, "config", 0) for each in adapters(run.model).values()]
     digest = hashlib.sha256(repr([layout.image_side(), layout.text_side(""), run.is_adapted]).encode())
-    digest.update(repr([p.size, p.resized, p.resample, p.table.tolist()]).encode())
+    digest.update(repr([p.size, p.resized, p.resample, p.table.tolist(), run.model.config, lora]).encode())
+    digest.update(run.tokenizer.tokenizer.to_str().encode())
     for name, tensor in run.model.state_dict().items():
         bits = tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bits.sum(dtype=torch.int64)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for sums in [bits.sum(axis, dtype=torch.int64) for axis in range(bits.ndim)] if bits.ndim > 1 else [bits]:
+            digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -331,6 +343,8 @@ def imagenet(embeddings: Embeddings, items: tuple, templates: list[str] | None =
     of one name (ImageNet has some) count as one."""
     (pictures, names), classes = items, []
     templates = templates or (ROOT / "docs" / "imagenet_templates.txt").read_text().splitlines()
+    if missing := [template for template in templates if "{}" not in template]:
+        raise DataError(f"--template {missing[0]!r}: has no {{}} where the class's name goes")
     for start in range(0, len(names), 25):  # of 1,000 classes, 80,000 texts
         part = [template.replace("{}", name) for name in names[start : start + 25] for template in templates]
         classes.append(embeddings.texts(part).unflatten(0, (-1, len(templates))).mean(dim=1))
@@ -398,34 +412,36 @@ def captioning(
     all tokens before. `score(generated, references)` may add measures of greedy captions; all there is for files in
     retrieval's formats (.json), whose captions are short."""
     layout = run.layout if question is None and run.is_adapted else run.layout.with_image_prompt(question or DESCRIBE)
-    result = {}
+    prompt, right, total, generated, references = layout.image_side(), 0, 0, [], []
+    room = room_for_answer(run, prompt, 128)
     if path.suffix == ".json":
-        items = [item for item in read_retrieval(path, images) if item[1]][:limit]
-        pixels = [run.processor(open_image(image)) for image, _ in items]
-        references = [captions for _, captions in items]
+        items = [item for item in read_retrieval(path, images) if item[1]]
     else:
-        dataset = CaptionDataset(path, layout, run.processor, images)
-        samples = [dataset[index, 0] for index in range(min(limit, len(dataset)))]
-        batch = collate(samples, layout, micro_batch=32)
-        if batch.skipped or not batch.num_tokens:
-            raise DataError(f"{path}: {(batch.skipped or ['no long captions'])[0]}")
-        right = 0
-        for chunk in batch.images:
-            chunk = chunk.to(run.model.device)
-            hidden = run.model(chunk.input_ids, chunk.pixel_values)
-            known = chunk.labels != IGNORE
-            right += (run.model.logits(hidden[known]).argmax(-1) == chunk.labels[known]).sum().item()
-        result["token_accuracy"] = 100 * right / batch.num_tokens
-        pixels = [sample.pixel_values for sample in samples if sample.long]
-        references = [[run.tokenizer.decode(sample.long)] for sample in samples if sample.long]
-    if score:
-        generated = []
-        for start in tqdm(range(0, len(pixels), 64), desc="captioning", delay=2, leave=False):
-            part = torch.stack(pixels[start : start + 64]).to(run.model.device, run.model.dtype)
-            answers = run.model.generate([layout.image_side()] * len(part), part, max_new_tokens=128)
+        items = CaptionDataset(path, layout, run.processor, images)
+    count = min(limit, len(items))
+    for start in tqdm(range(0, count, 64), desc="captioning", delay=2, leave=False):
+        part = [items[i] if path.suffix == ".json" else items[i, 0] for i in range(start, min(start + 64, count))]
+        if path.suffix == ".json":
+            pixels, captions = [run.processor(open_image(image)) for image, _ in part], [texts for _, texts in part]
+        else:
+            batch = collate(part, layout, micro_batch=32)
+            if batch.skipped:
+                raise DataError(f"{path}: {batch.skipped[0]}")
+            for chunk in (chunk.to(run.model.device) for chunk in batch.images):
+                known = chunk.labels != IGNORE
+                predicted = run.model.logits(run.model(chunk.input_ids, chunk.pixel_values)[known]).argmax(-1)
+                right += (predicted == chunk.labels[known]).sum().item()
+            total += batch.num_tokens
+            part = [sample for sample in part if sample.long]
+            pixels, captions = [each.pixel_values for each in part], [[run.tokenizer.decode(s.long)] for s in part]
+        if score and pixels:
+            answers = run.model.generate([prompt] * len(pixels), run.pixel_values(pixels), room)
             generated += [run.tokenizer.decode(answer) for answer in answers]
-        result |= score(generated, references)
-    return result
+            references += captions
+    if not total and path.suffix != ".json":
+        raise DataError(f"{path}: no long captions")
+    result = {} if path.suffix == ".json" else {"token_accuracy": 100 * right / total}
+    return result | (score(generated, references) if score else {})
 
 
 # ---- A set of tests, and how its results are shown
@@ -459,6 +475,8 @@ def read_test(name: str, file: Path, images: Path, split="test", captions_per_im
     if name == "imagenet":
         items = read_imagenet(file, classes)
         return items, tuple(map(len, items))
+    if not file.is_dir():
+        raise DataError(f"{file}: is not a folder; give the one that holds {SUGARCREPE[0]}.json and the other files")
     kinds, captions = (SUGARCREPE, PAIR) if name == "sugarcrepe" else (SUGARCREPE[:5], TRIPLE)  # ++ has no add_* files
     items = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
     return items, tuple(map(len, items.values()))
@@ -534,7 +552,7 @@ def gallery(path: Path, rows: list[tuple[str, list[tuple[Path, bool, str]]]], si
             draw.rectangle((x - 4, top - 4, x + size + 3, top + size + 3), fill="limegreen" if right else "white")
             sheet.paste(ImageOps.pad(open_image(image), (size, size), color="gray"), (x, top))
             draw.text((x, top + size + 3), label, fill="dimgray", font=font)
-    sheet.save(path)
+    sheet.save(path, "PNG")
 
 
 if __name__ == "__main__":

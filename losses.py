@@ -22,17 +22,13 @@ def at_least_fp32(x):
 
 
 # ---- Contrastive loss
-
-
 def contrastive_loss(image_embeddings, text_embeddings, scale):
     """Symmetric InfoNCE: every image must find its text among all texts of the batch, and every text its image.
-
     Paper, equation 1; arXiv 2103.00020. Where nothing is learned yet the loss is about log B.
 
     Args:
         image_embeddings, text_embeddings: (B, D), row i of both belongs together; normalised here.
-        scale: 1 / temperature, a number or a scalar tensor.
-    """
+        scale: 1 / temperature, a number or a scalar tensor."""
     images, texts = (F.normalize(at_least_fp32(x), dim=-1) for x in (image_embeddings, text_embeddings))
     similarity = scale * images @ texts.T  # (B, B)
     target = torch.arange(len(images), device=images.device)
@@ -45,8 +41,7 @@ def tiled_contrastive_loss(image_embeddings, text_embeddings, scale, tile: int =
     With r_i = log sum_j exp(s_ij) over row i and c_j the same over column j, the loss is mean_i (r_i + c_i) / 2 - s_ii.
     One sweep over the strips yields r and c; the backward pass computes each strip again, for
     dL/ds_ij = (exp(s_ij - r_i) + exp(s_ij - c_j) - 2 [i = j]) / 2B: four matrix products, where two cross-entropies
-    of two similarity matrices take six.
-    """
+    of two similarity matrices take six."""
     images, texts = (F.normalize(at_least_fp32(x), dim=-1) for x in (image_embeddings, text_embeddings))
     scale = torch.as_tensor(scale, dtype=images.dtype, device=images.device)
     return TiledInfoNCE.apply(images, texts, scale, tile)
@@ -89,8 +84,7 @@ def gather_with_gradient(rows):
 
     Every process computes the loss of the whole batch, so the gradient of its own rows is complete as it is: nothing
     is exchanged in the backward pass, and the parameters' gradients are to be summed over the processes (but the
-    temperature's, which is complete on every one).
-    """
+    temperature's, which is complete on every one)."""
     return GatherRows.apply(rows) if dist.is_initialized() else rows
 
 
@@ -100,7 +94,7 @@ class GatherRows(torch.autograd.Function):
         count = torch.tensor([len(rows)], device=rows.device)
         counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
         dist.all_gather(counts, count)
-        counts = [int(count) for count in counts]
+        counts = torch.cat(counts).tolist()
         padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))  # all ranks must send alike
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
@@ -114,8 +108,6 @@ class GatherRows(torch.autograd.Function):
 
 
 # ---- Autoregressive loss
-
-
 def cross_entropy_of_logits(hidden, weight, labels, num_tokens):
     """Next-token cross-entropy of the long captions: paper, equation 2.
 
@@ -124,8 +116,7 @@ def cross_entropy_of_logits(hidden, weight, labels, num_tokens):
         weight: (V, D), the language model's head.
         labels: (...), the token that follows each position, IGNORE where it is not supervised.
         num_tokens: what the sum is divided by, the supervised tokens of the whole global batch: a mean over each part
-            of a batch would weigh the tokens of parts with few of them more.
-    """
+            of a batch would weigh the tokens of parts with few of them more."""
     supervised = labels != IGNORE
     logits = at_least_fp32(F.linear(hidden[supervised], weight))  # (N, V): only rows that have a label meet the head
     return F.cross_entropy(logits, labels[supervised], reduction="sum") / max(num_tokens, 1)
@@ -154,14 +145,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             right = logits.gather(1, label)
             total = logits.exp_().sum(-1, keepdim=True)
             loss += (total.log() - right).sum()
-            if needs_hidden or needs_weight:  # dL/dlogits = softmax - one hot, still in the same place
-                logits.div_(total).scatter_add_(1, label, -torch.ones_like(total))
-                gradient = logits.to(hidden.dtype)
-                if needs_hidden:
-                    torch.mm(gradient, weight, out=hidden_gradient[part])
-                if needs_weight:
-                    weight_gradient += gradient.T @ hidden[part]
-                del gradient
+            if needs_hidden or needs_weight:  # dL/dlogits = softmax - one hot, in their place
+                logits = logits.div_(total).scatter_add_(1, label, -torch.ones_like(total)).to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(logits, weight, out=hidden_gradient[part])
+            if needs_weight:
+                weight_gradient += logits.T @ hidden[part]
             del logits  # before the next ones
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss
@@ -169,14 +158,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        scaled = [None if g is None else g * gradient for g in (hidden_gradient, weight_gradient)]
+        scaled = [None if saved is None else saved * gradient for saved in ctx.saved_tensors]
         return *scaled, None, None, None
 
 
 # ---- Both, and their gradients over a batch that came in chunks
-
-
 def vladva_loss(contrastive, autoregressive, contrastive_weight: float = 1.0, autoregressive_weight: float = 1.0):
     """The total: both losses in every batch. The paper does not report weights; 1 and 1 are ours."""
     return contrastive_weight * contrastive + autoregressive_weight * autoregressive
@@ -191,10 +177,8 @@ def backward_whole(chunks, embed, forward, contrast, weights=(1.0, 1.0)):
         forward: chunk -> the same embeddings, and the chunk's share of the autoregressive loss.
         contrast: a list of the embeddings of all chunks -> the contrastive loss.
         weights: of the contrastive and of the autoregressive loss. A contrastive weight of 0 never calls `contrast`.
-    Returns: both losses, without weights.
-    """
-    results = [replayed(forward, chunk, seed) for chunk, seed in zip(chunks, draw_seeds(len(chunks)))]
-    embeddings, shares = zip(*results)
+    Returns: both losses, without weights."""
+    embeddings, shares = zip(*replayed(forward, chunks, torch.randint(2**62, (len(chunks),))))
     autoregressive = sum(shares)
     contrastive = contrast(embeddings) if weights[0] else torch.zeros_like(autoregressive)
     vladva_loss(contrastive, autoregressive, *weights).backward()
@@ -203,33 +187,29 @@ def backward_whole(chunks, embed, forward, contrast, weights=(1.0, 1.0)):
 
 def backward_cached(chunks, embed, forward, contrast, weights=(1.0, 1.0)):
     """`backward_whole` that holds the activations of one chunk at a time: the gradient cache, arXiv 2101.06983."""
-    seeds, gradients, contrastive, autoregressive = draw_seeds(len(chunks)), [0.0] * len(chunks), 0.0, 0.0
+    seeds = torch.randint(2**62, (len(chunks),))
+    gradients, contrastive, autoregressive = [0.0] * len(chunks), torch.zeros(()), 0.0
     if weights[0]:
         # 1. The embeddings of the whole batch, without anything kept for a backward pass.
         with torch.no_grad():
-            embeddings = [replayed(embed, chunk, seed) for chunk, seed in zip(chunks, seeds)]
+            leaves = [embeddings.requires_grad_() for embeddings in replayed(embed, chunks, seeds)]
 
         # 2. The gradient of the contrastive loss in embedding space.
-        leaves = [rows.requires_grad_() for rows in embeddings]
         contrastive = contrast(leaves)
         (weights[0] * contrastive).backward()
-        gradients = [rows.grad for rows in leaves]
+        gradients = [embeddings.grad for embeddings in leaves]
 
     # 3. Chunk by chunk once more. By the chain rule the gradient of a parameter w is the sum over the rows of
     # <gradient, d embedding / d w>: that of the surrogate, whose value means nothing.
-    for chunk, seed, gradient in zip(chunks, seeds, gradients):
-        embeddings, share = replayed(forward, chunk, seed)
+    for gradient, (embeddings, share) in zip(gradients, replayed(forward, chunks, seeds)):
         surrogate = (embeddings * gradient).sum()
         (surrogate + weights[1] * share).backward()
         autoregressive += share.detach()
-    return torch.as_tensor(contrastive).detach(), autoregressive
+    return contrastive.detach(), autoregressive
 
 
-def draw_seeds(count: int) -> list[int]:
-    return torch.randint(2**62, (count,)).tolist()
-
-
-def replayed(function, chunk, seed: int):
-    """What `function` makes of a chunk, with the random numbers, so the dropout masks, that belong to `seed`."""
-    torch.manual_seed(seed)
-    return function(chunk)
+def replayed(function, chunks, seeds):
+    """What `function` makes of one chunk after another, with the random numbers, so the dropout masks, of its seed."""
+    for chunk, seed in zip(chunks, seeds.tolist()):
+        torch.manual_seed(seed)
+        yield function(chunk)

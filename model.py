@@ -10,10 +10,9 @@ loading is a renaming of prefixes and nothing else; what is read and what is ref
 Axes: B batch, T tokens, S cached tokens, N image tokens, D hidden, H heads, K key/value heads, V vocabulary.
 """
 
-import dataclasses
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,13 +44,10 @@ class VisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
-    @property
-    def is_clip(self) -> bool:  # a class token and a norm before the first layer; SigLIP: a bias on the patch embedding
-        return self.model_type == "clip_vision_model"
-
-    @property
-    def num_states(self) -> int:  # of one image: its patches, and CLIP's class token in front of them
-        return (self.image_size // self.patch_size) ** 2 + self.is_clip
+    # CLIP has a class token and a norm before the first layer, SigLIP a bias on the patch embedding.
+    is_clip = property(lambda self: self.model_type == "clip_vision_model")
+    # Of one image: its patches, and CLIP's class token in front of them.
+    num_states = property(lambda self: (self.image_size // self.patch_size) ** 2 + self.is_clip)
 
 
 @dataclass
@@ -85,17 +81,13 @@ SIGLIP = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps":
 VISION, TEXT = {"clip_vision_model": {}, "siglip_vision_model": SIGLIP}, {"llama": {}, "qwen2": QWEN2}
 DEFAULTS = {VisionConfig: VISION, TextConfig: TEXT}
 CLIP_LARGE_336 = VisionConfig("clip_vision_model", 1024, 4096, 24, 16, 3, 336, 14)  # where vision_config is absent
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,  # the exact (erf) form
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS["quick_gelu"] = lambda x: x * torch.sigmoid(1.702 * x)  # "gelu" is the exact (erf) form
 
 
 @dataclass
 class LlavaConfig:
-    vision: VisionConfig = field(default_factory=lambda: dataclasses.replace(CLIP_LARGE_336))
+    vision: VisionConfig = field(default_factory=lambda: replace(CLIP_LARGE_336))
     text: TextConfig = field(default_factory=TextConfig)
     image_token_id: int = 32000
     pad_token_id: int | None = None
@@ -105,9 +97,8 @@ class LlavaConfig:
     vision_feature_select_strategy: str = "default"
     eos_token_ids: tuple[int, ...] = (2,)  # generation stops at any of them
 
-    @property
-    def num_vision_layers(self) -> int:  # hidden state 0 is the tower's input, hidden state i the output of layer i - 1
-        return self.vision_feature_layer % (self.vision.num_hidden_layers + 1)
+    # Hidden state 0 is the tower's input, hidden state i the output of layer i - 1.
+    num_vision_layers = property(lambda self: self.vision_feature_layer % (self.vision.num_hidden_layers + 1))
 
     @property
     def num_image_tokens(self) -> int:  # positions of one image in `input_ids`: 576 in LLaVA-1.5
@@ -119,48 +110,38 @@ class LlavaConfig:
         path = Path(folder) / "config.json"
         raw = read_json(path)
         refuse_unsupported(path, raw)
-        vision = vars(CLIP_LARGE_336) if raw.get("vision_config") is None else raw["vision_config"]
-        text = raw.get("text_config") or {}
-        config = {
-            "vision": read_section(VisionConfig, path, "vision_config", vision),
-            "text": read_section(TextConfig, path, "text_config", text),
-            "eos_token_ids": read_stop_tokens(Path(folder) / "generation_config.json", text),
-        }
-        # A tied head is announced at either level; the interleave models say so in text_config only.
-        config["text"].tie_word_embeddings |= raw.get("tie_word_embeddings") is True
+        v = read_section(VisionConfig, path, "vision_config", raw, absent=vars(CLIP_LARGE_336))
+        t = read_section(TextConfig, path, "text_config", raw, absent={})
+        t.tie_word_embeddings |= raw.get("tie_word_embeddings") is True  # a tied head is announced at either level
+        stops = read_stop_tokens(Path(folder) / "generation_config.json", raw.get("text_config") or {})
         raw = {"image_token_id": raw.get("image_token_index")} | raw  # the old name of the key; the new one wins
-        return read_fields(cls, f"{path}: ", raw, config).checked(path)
-
-    def checked(self, where: str | Path) -> "LlavaConfig":
-        """Itself. Raises CheckpointError, with every reason, unless the numbers fit together."""
-        v, t, act, strategy = self.vision, self.text, self.projector_hidden_act, self.vision_feature_select_strategy
-        rules = [
-            ({v.hidden_act, act} <= ACTIVATIONS.keys(), f"hidden_act {v.hidden_act!r} or {act!r} is unknown"),
-            (t.hidden_act == "silu", f"text_config.hidden_act {t.hidden_act!r} is not 'silu'"),
-            (strategy in ("default", "full"), f"vision_feature_select_strategy {strategy!r} is unknown"),
-            (v.hidden_size % v.num_attention_heads == 0, f"vision heads do not divide {v.hidden_size}"),
-            (t.num_attention_heads % t.num_key_value_heads == 0, f"{t.num_key_value_heads} key/value heads do not fit"),
-            (t.head_dim % 2 == 0 < t.head_dim, f"head_dim {t.head_dim} is not even, rotary embeddings need it"),
-            (v.patch_size <= v.image_size, f"patch_size {v.patch_size} > image_size {v.image_size}"),
-            (max(v.num_hidden_layers, t.num_hidden_layers) <= 1000, "more than 1000 layers"),
-            (0 < abs(self.vision_feature_layer) <= v.num_hidden_layers, f"no vision layer {self.vision_feature_layer}"),
-            (0 < self.image_token_id < t.vocab_size, f"image_token_index {self.image_token_id} is not a token"),
-        ]
-        if faults := [fault for fine, fault in rules if not fine]:
-            raise CheckpointError(f"{where}: " + "; ".join(faults))
-        return self
+        config = read_fields(cls, f"{path}: ", raw, vision=v, text=t, eos_token_ids=stops)
+        act, strategy = config.projector_hidden_act, config.vision_feature_select_strategy
+        layer, image = config.vision_feature_layer, config.image_token_id
+        rules = {  # what is said of a rule that does not hold
+            f"hidden_act {v.hidden_act!r} or {act!r} is unknown": {v.hidden_act, act} <= ACTIVATIONS.keys(),
+            f"text_config.hidden_act {t.hidden_act!r} is not 'silu'": t.hidden_act == "silu",
+            f"vision_feature_select_strategy {strategy!r} is unknown": strategy in ("default", "full"),
+            f"vision heads do not divide {v.hidden_size}": v.hidden_size % v.num_attention_heads == 0,
+            f"{t.num_key_value_heads} key/value heads do not fit": t.num_attention_heads % t.num_key_value_heads == 0,
+            f"head_dim {t.head_dim} is not even, rotary embeddings need it": t.head_dim % 2 == 0 < t.head_dim,
+            f"patch_size {v.patch_size} > image_size {v.image_size}": v.patch_size <= v.image_size,
+            "more than 1000 layers": max(v.num_hidden_layers, t.num_hidden_layers) <= 1000,
+            f"no vision layer {layer}": 0 < abs(layer) <= v.num_hidden_layers,
+            f"image_token_index {image} is not a token": 0 < image < t.vocab_size,
+        }
+        if faults := [fault for fault, holds in rules.items() if not holds]:
+            raise CheckpointError(f"{path}: " + "; ".join(faults))
+        return config
 
     def to_dict(self) -> dict:  # the config.json of a Hugging Face LLaVA folder
         ours = ("vision", "text", "image_token_id", "eos_token_ids")
-        return {k: v for k, v in vars(self).items() if k not in ours} | {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
-            "image_token_index": self.image_token_id,
-            "image_seq_length": self.num_image_tokens,
-            "tie_word_embeddings": self.text.tie_word_embeddings,
-            "vision_config": vars(self.vision) | {"vision_use_head": False},  # LLaVA has no pooling head
-            "text_config": vars(self.text) | {"eos_token_id": next(iter(self.eos_token_ids), None)},
-        }
+        raw = {key: value for key, value in vars(self).items() if key not in ours}
+        raw |= {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+        raw |= {"image_token_index": self.image_token_id, "image_seq_length": self.num_image_tokens}
+        raw |= {"vision_config": vars(self.vision) | {"vision_use_head": False}}  # LLaVA has no pooling head
+        raw |= {"text_config": vars(self.text) | {"eos_token_id": next(iter(self.eos_token_ids), None)}}
+        return raw | {"tie_word_embeddings": self.text.tie_word_embeddings}
 
 
 # ---- Vision tower. CLIP: github.com/openai/CLIP (model.py); SigLIP: arXiv 2303.15343. Patches attend both ways.
@@ -180,8 +161,7 @@ class VisionLayer(nn.Module):
     def forward(self, x):
         attention, y = self.self_attn, self.layer_norm1(x)
         q, k, v = (heads(proj(y), self.head_dim) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-        y = F.scaled_dot_product_attention(q, k, v)
-        x = x + attention.out_proj(y.transpose(1, 2).flatten(2))
+        x = x + attention.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
@@ -194,10 +174,10 @@ class VisionTower(nn.Module):
         self.embeddings, self.encoder = nn.Module(), nn.Module()  # names in the checkpoint, nothing more
         self.embeddings.patch_embedding = nn.Conv2d(config.num_channels, D, P, stride=P, bias=not config.is_clip)
         self.embeddings.position_embedding = nn.Embedding(config.num_states, D)
-        if config.is_clip:  # "layrnorm" is how CLIP's checkpoints spell it
+        if config.is_clip:  # whose checkpoints spell it "layrnorm"
             self.embeddings.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
-            self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.encoder.layers = nn.ModuleList(VisionLayer(config) for _ in range(num_layers))
+        self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps) if config.is_clip else nn.Identity()
+        self.encoder.layers = nn.Sequential(*(VisionLayer(config) for _ in range(num_layers)))
 
     def forward(self, pixel_values):
         """pixel_values (B, 3, image_size, image_size) -> the feature layer's hidden state (B, patches (+ 1), D)."""
@@ -207,21 +187,15 @@ class VisionTower(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, patches, D), row by row
         if self.config.is_clip:
             x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
-        x = x + self.embeddings.position_embedding.weight
-        if self.config.is_clip:
-            x = self.pre_layrnorm(x)
-        for layer in self.encoder.layers:
-            x = layer(x)
-        return x
+        return self.encoder.layers(self.pre_layrnorm(x + self.embeddings.position_embedding.weight))
 
 
 class MultiModalProjector(nn.Module):  # from the vision tower's width to the language model's: arXiv 2310.03744
     def __init__(self, config: LlavaConfig):
         super().__init__()
         D, bias = config.text.hidden_size, config.multimodal_projector_bias
-        self.linear_1 = nn.Linear(config.vision.hidden_size, D, bias=bias)
+        self.linear_1, self.linear_2 = nn.Linear(config.vision.hidden_size, D, bias=bias), nn.Linear(D, D, bias=bias)
         self.activation = ACTIVATIONS[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(D, D, bias=bias)
 
     def forward(self, features):
         return self.linear_2(self.activation(self.linear_1(features)))
@@ -256,15 +230,6 @@ def made_of(function, *inputs):
     return result
 
 
-def swiglu(gate, up):
-    return F.silu(gate) * up if torch.compiler.is_compiling() else SwiGLU.apply(gate, up)
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        return made_of(super().forward, x)
-
-
 class SwiGLU(torch.autograd.Function):  # silu(gate) * up (arXiv 2002.05202), which keeps nothing but its inputs
     @staticmethod
     def forward(ctx, gate, up):
@@ -277,51 +242,35 @@ class SwiGLU(torch.autograd.Function):  # silu(gate) * up (arXiv 2002.05202), wh
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
-class Attention(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        D, head_dim = config.hidden_size, config.head_dim
+        D, hidden, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        bias = config.attention_bias or config.model_type == "qwen2"
         self.head_dim, self.grouped = head_dim, H != K
-        self.q_proj = nn.Linear(D, H * head_dim, bias=bias)
-        self.k_proj = nn.Linear(D, K * head_dim, bias=bias)
-        self.v_proj = nn.Linear(D, K * head_dim, bias=bias)
-        self.o_proj = nn.Linear(H * head_dim, D, bias=config.attention_bias)
+        self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        sizes = {"q_proj": H * head_dim, "k_proj": K * head_dim, "v_proj": K * head_dim}
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.self_attn = nn.ModuleDict({name: nn.Linear(D, size, bias=bias) for name, size in sizes.items()})
+        self.self_attn["o_proj"] = nn.Linear(H * head_dim, D, bias=config.attention_bias)
+        self.post_attention_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        shapes = {"gate_proj": (D, hidden), "up_proj": (D, hidden), "down_proj": (hidden, D)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=config.mlp_bias) for name, shape in shapes.items()})
 
     def forward(self, x, cos, sin, cache=None, layer=0):
-        q, k, v = (heads(y, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.attend(made_of(self.input_layernorm, x), cos, sin, cache, layer)
+        gate, up = project(made_of(self.post_attention_layernorm, x), self.mlp.gate_proj, self.mlp.up_proj)
+        gated = F.silu(gate) * up if torch.compiler.is_compiling() else made_of(SwiGLU.apply, gate, up)
+        return x + self.mlp.down_proj(gated)
+
+    def attend(self, x, cos, sin, cache, layer):
+        attention = self.self_attn
+        q, k, v = (heads(y, self.head_dim) for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj))
         q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)  # (B, K, S, head_dim) and (B, 1, T, S), no mask on first use
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(x.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, hidden, bias=bias)
-        self.up_proj = nn.Linear(D, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, D, bias=bias)
-
-    def forward(self, x):
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(made_of(swiglu, gate, up))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x, cos, sin, cache=None, layer=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return attention.o_proj(x.transpose(1, 2).flatten(2))
 
 
 class LanguageModel(nn.Module):
@@ -351,8 +300,7 @@ class KVCache:
 
     def __init__(self, config: TextConfig, batch_size: int, dtype: torch.dtype, device: torch.device | str):
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, 0, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
 
     def reserve(self, capacity: int) -> None:  # tokens a row, at once, so that generation need not grow at every step
@@ -397,10 +345,8 @@ class Llava(nn.Module):
 
     def image_features(self, pixel_values):
         """pixel_values (images, 3, height, width) -> what takes the place of the image tokens (images, N, D)."""
-        features = self.vision_tower(pixel_values)
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # meant for CLIP's class token
-        return self.multi_modal_projector(features)
+        states = self.vision_tower(pixel_values)[:, -self.config.num_image_tokens :]  # CLIP's class token may stay out
+        return self.multi_modal_projector(states)
 
     def forward(self, input_ids, pixel_values=None, image_features=None, cache=None):
         """ids (and images) -> hidden states (B, T, D) after the final norm; those at padding are meaningless.
@@ -434,30 +380,27 @@ class Llava(nn.Module):
         temperature: 0 picks the likeliest token (greedy), above samples, among those that together hold top_p > 0.
         cache: from `new_cache`; pass the whole conversation: what is cached is not computed again, nor its images."""
         cache = cache if cache is not None else self.new_cache(len(prompts))
-        for prompt, seen in zip(prompts, cache.tokens, strict=True):
-            if prompt[: len(seen)] != seen or len(prompt) == len(seen):
-                raise ValueError("a prompt must begin with the tokens that the cache holds, and go on behind them")
+        new = [prompt[len(seen) :] for prompt, seen in zip(prompts, cache.tokens, strict=True)]
+        if any(not row or seen + row != prompt for row, seen, prompt in zip(new, cache.tokens, prompts)):
+            raise ValueError("a prompt must begin with the tokens that the cache holds, and go on behind them")
         longest, known = max(map(len, prompts)) + max_new_tokens, self.config.text.max_position_embeddings
         if longest > known:
             raise ValueError(f"prompt and {max_new_tokens} new tokens need {longest} positions, the model has {known}")
         cache.reserve(longest)
-        new = [prompt[len(seen) :] for prompt, seen in zip(prompts, cache.tokens)]
         if pixel_values is None and any(self.config.image_token_id in row for row in new):
             raise ValueError("the prompts hold image tokens, but there are no pixel_values")
-        answers, running = [[] for _ in prompts], [True] * len(prompts)
-        for step in range(max_new_tokens):
+        answers, running = [[] for _ in prompts], range(len(prompts))
+        for _ in range(max_new_tokens):
             input_ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], batch_first=True).to(self.device)
-            hidden = self(input_ids, pixel_values if step == 0 else None, cache=cache)
-            last = torch.tensor([len(row) - 1 for row in new], device=self.device)
-            logits = self.logits(hidden[torch.arange(len(new), device=self.device), last])  # (B, V)
-            chosen = choose_tokens(logits, temperature, top_p, generator).tolist()
-            for row, token in enumerate(chosen):
-                if running[row]:  # a row that has stopped stays as it is: what it is fed now is overwritten later
-                    cache.tokens[row] += new[row]
-                    running[row] = token not in self.config.eos_token_ids
-                if running[row]:
-                    answers[row].append(token)
-            if not any(running):
+            hidden, pixel_values = self(input_ids, pixel_values, cache=cache), None
+            last = torch.stack([states[len(row) - 1] for states, row in zip(hidden, new)])  # (B, D)
+            chosen = choose_tokens(self.logits(last), temperature, top_p, generator).tolist()
+            for row in running:  # one that has stopped stays as it is: what it is fed now is overwritten later
+                cache.tokens[row] += new[row]
+            running = [row for row in running if chosen[row] not in self.config.eos_token_ids]
+            for row in running:
+                answers[row].append(chosen[row])
+            if not running:
                 break
             new = [[token] for token in chosen]
         return answers
@@ -479,8 +422,8 @@ class Llava(nn.Module):
         if any(folder.glob("model*.safetensors")):
             raise FileExistsError(f"{folder}: holds a model already; choose a new folder")
         write_weights(self, folder, max_shard_bytes)
-        vision = dataclasses.replace(self.config.vision, num_hidden_layers=self.config.num_vision_layers)
-        config = dataclasses.replace(self.config, vision=vision, vision_feature_layer=-1).to_dict()
+        vision = replace(self.config.vision, num_hidden_layers=self.config.num_vision_layers)
+        config = replace(self.config, vision=vision, vision_feature_layer=-1).to_dict()
         config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         files = {"generation_config": {"eos_token_id": list(self.config.eos_token_ids)}, "config": config}
         for name, content in files.items():  # config.json last: now the folder is complete
@@ -508,9 +451,9 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(f"{path}: cannot be read ({error}); {broken_download(path)}") from None
 
 
-def read_section(cls, path: Path, name: str, raw: dict):
-    """One of the two sub-configs of config.json."""
-    where = f"{path}: {name}."
+def read_section(cls, path: Path, name: str, raw: dict, absent: dict):
+    """One of the two sub-configs of config.json; `absent` is what it means where there is none."""
+    where, raw = f"{path}: {name}.", absent if raw.get(name) is None else raw[name]
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: {name} is {raw!r}, expected an object")
     known, kind = DEFAULTS[cls], raw.get("model_type") or cls.model_type
@@ -527,10 +470,9 @@ def read_section(cls, path: Path, name: str, raw: dict):
     return read_fields(cls, where, known[kind] | raw)
 
 
-def read_fields(cls, where: str, raw: dict, known: dict | None = None):
-    """Fill the dataclass `cls` from a JSON object, checking type and sign; `known` fields are taken as they are."""
-    values = dict(known or {})
-    for f in dataclasses.fields(cls):
+def read_fields(cls, where: str, raw: dict, **values):
+    """Fill the dataclass `cls` from a JSON object, checking type and sign; `values` are known already."""
+    for f in fields(cls):
         value = raw.get(f.name)
         if f.name in values or value is None:
             continue
@@ -555,10 +497,10 @@ def read_stop_tokens(path: Path, text: dict) -> tuple[int, ...]:
 
 
 def refuse_unsupported(path: Path, raw: dict) -> None:
-    kind, original = raw.get("model_type"), "LlavaLlamaForCausalLM" in str(raw.get("architectures"))
+    kind = raw.get("model_type")
+    original = "mm_vision_tower" in raw or "LlavaLlamaForCausalLM" in str(raw.get("architectures"))
     reasons = {
-        "LLaVA's original layout keeps its weights in pickle; use the Hugging Face conversion of the same model, for "
-        "example llava-hf/llava-1.5-7b-hf": "mm_vision_tower" in raw or original,
+        "the original layout is pickled; use a Hugging Face conversion, such as llava-hf/llava-1.5-7b-hf": original,
         f"model_type is {kind!r}; only 'llava' is supported: LLaVA-1.5 and the interleave models, not LLaVA-NeXT, "
         "OneVision or Qwen2-VL": kind != "llava",
         "the weights are quantised; use the fp16, bf16 or fp32 checkpoint": bool(raw.get("quantization_config")),
@@ -596,11 +538,9 @@ def weight_files(folder: Path) -> list[Path]:
         advice = "Pickle (.bin) is never read: get the safetensors version, or convert with transformers"
         raise CheckpointError(f"{folder}: no model.safetensors(.index.json), only: {found}. {advice}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(type(v) is str for v in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must be an object from tensor names to file names")
-    shards = sorted(set(weight_map.values()))
-    if any(Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors") for shard in shards):
-        raise CheckpointError(f"{index}: {shards} are not all names of safetensors files in this folder")
+    shards = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    if not shards or not all(re.fullmatch(r"[^/\\:]+\.safetensors", shard) for shard in shards):
+        raise CheckpointError(f"{index}: weight_map must name safetensors files in this folder, not {shards}")
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise CheckpointError(f"{folder}: {len(missing)} of {len(shards)} shards missing, download them: {missing}")
     return [folder / shard for shard in shards]
@@ -611,8 +551,7 @@ def canonical_name(name: str) -> str:
     old     language_model.model.layers.0...   language_model.lm_head.weight   vision_tower.vision_model....
     new     model.language_model.layers.0...                  lm_head.weight   model.vision_tower.vision_model....
     newest  model.language_model.layers.0...                  lm_head.weight   model.vision_tower....
-    mixed   language_model.model.layers.0...   language_model.lm_head.weight   vision_tower....
-    """
+    mixed   language_model.model.layers.0...   language_model.lm_head.weight   vision_tower...."""
     name = re.sub(r"^model\.(?=(language_model|vision_tower|multi_modal_projector)\.)", "", name)
     name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
     name = re.sub(r"^language_model\.model\.", "language_model.", name)
@@ -672,7 +611,7 @@ def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
     # transformers wants the norm behind the vision tower, though LLaVA never applies it: one that does nothing.
     ones = torch.ones(model.config.vision.hidden_size, dtype=model.dtype)
     tensors |= {"vision_tower.post_layernorm.weight": ones, "vision_tower.post_layernorm.bias": torch.zeros_like(ones)}
-    shards, room = [{}], max_shard_bytes
+    shards, weight_map, room = [{}], {}, max_shard_bytes
     for name, tensor in tensors.items():
         name = re.sub(r"^language_model\.", "language_model.model.", name)
         name = re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
@@ -681,11 +620,11 @@ def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
             shards, room = [*shards, {}], max_shard_bytes
         shards[-1][name] = tensor.contiguous()
         room -= tensor.nbytes
-    weight_map, total = {}, sum(tensor.nbytes for tensor in tensors.values())
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -5,10 +5,11 @@ Each gets a run (eval.load_run) and the arguments of its command; the tables of 
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import eval
-from data import IMAGE_PROMPT, LONG, TEXT_PROMPT, CaptionDataset, DataError, inside, open_image, pictures_in
+from data import IMAGE_PROMPT, LONG, TEXT_PROMPT, CaptionDataset, DataError, fields_of, inside, open_image, pictures_in
 from eval import (
     DESCRIBE,
     SIZES,
@@ -44,8 +45,10 @@ from lora import adapters_disabled
 # ---- Captions and conversations
 
 
-def describe(run: Run, args) -> None:
+def caption_command(run: Run, args) -> None:
     """Captions, or answers, a few pictures at a time."""
+    if args.fill and args.pictures:
+        raise DataError("caption: give pictures or --fill FILE, not both")
     if args.fill:
         return fill(run, args)
     batches = [args.pictures[i : i + args.batch] for i in range(0, len(args.pictures), args.batch)]
@@ -64,13 +67,18 @@ def fill(run: Run, args) -> None:
     counts = Counter({f"lines left out: {reason}": count for reason, count in dataset.faults.items()})
     done = out.read_bytes().splitlines(keepends=True) if out.exists() else []
     done = [line for line in done if line.endswith(b"\n")]  # the last one may be torn
-    if [json.loads(line)["image"] for line in done] != [dataset.record(i)["image"] for i in range(len(done))]:
+    given = lambda record: {key: value for key, value in record.items() if key not in ("long", "long_by")}  # noqa: E731
+    try:
+        agrees = all(given(json.loads(line)) == given(dataset.record(index)) for index, line in enumerate(done))
+    except (ValueError, AttributeError, IndexError):  # not JSON, not an object, more lines than there are records
+        agrees = False
+    if not agrees:
         raise DataError(f"{out}: does not begin as {args.fill} does; move it away")
-    with open(out, "wb") as file:
-        file.writelines(done)
+    with open(out, "ab") as file:
+        file.truncate(sum(map(len, done)))
         for start in tqdm(range(len(done), len(dataset), args.batch), desc="filling", unit=" batches"):
             records = [dataset.record(index) for index in range(start, min(start + args.batch, len(dataset)))]
-            pictures, wanting = [], []
+            pictures, wanting, unreadable = [], [], []
             for record in records:
                 if dataset.captions(record)[1]:
                     counts["had a long caption"] += 1
@@ -80,6 +88,9 @@ def fill(run: Run, args) -> None:
                     wanting.append(record)
                 except DataError as error:
                     counts[f"left as it was: {error}"] += 1
+                    unreadable.append(error)
+            if start == 0 and len(unreadable) == len(records):
+                raise DataError(f"{args.fill}: no picture is there ({unreadable[0]}); give --images DIR")
             answers = caption(run, pictures, args.question, args.max_new_tokens, args.temperature) if pictures else []
             for record, answer in zip(wanting, answers):
                 if len(run.tokenizer.encode(answer)) < LONG:
@@ -139,7 +150,7 @@ def search(run: Run, args) -> None:
     if not pictures:
         raise DataError(f"{args.images}: there is no picture in this folder that can be read")
     vectors = embeddings.images(pictures)
-    is_picture = Path(args.query).is_file()
+    is_picture = os.path.isfile(args.query)  # Path's would fail on a text that is too long for a name
     query = embeddings.images([Path(args.query)]) if is_picture else embeddings.texts([args.query])
     scores, order = (vectors @ query[0]).topk(min(args.top, len(pictures)))
     found = [(pictures[index], False, f"{score:.3f}") for score, index in zip(scores.tolist(), order.tolist())]
@@ -159,7 +170,8 @@ def readable(embeddings: Embeddings, paths: list[Path], faults: list[str]) -> li
         if len(paths) == 1:
             faults.append(str(error))
             return []
-        return [path for each in paths for path in readable(embeddings, [each], faults)]
+        half = len(paths) // 2
+        return [*readable(embeddings, paths[:half], faults), *readable(embeddings, paths[half:], faults)]
 
 
 def match(run: Run, args) -> None:
@@ -175,7 +187,8 @@ def embed(run: Run, args) -> None:
         raise DataError("embed: OUT ends in .npy or .safetensors, then come either pictures or --texts FILE")
     embeddings = Embeddings(run, args.cache)
     if args.texts:
-        names = args.texts.read_text(encoding="utf-8").splitlines()
+        with fields_of(args.texts), open(args.texts, encoding="utf-8") as file:
+            names = [line.rstrip("\n") for line in file]
         vectors = embeddings.texts(names)
     else:
         paths = [pictures_in(path) if path.is_dir() else [path] for path in args.inputs]
@@ -193,32 +206,44 @@ def embed(run: Run, args) -> None:
 
 def table(run: Run, args) -> None:
     """One test of eval.py on the authors' files, the paper's rows below."""
-    name, file, rows, paper = args.command, args.file, {}, {}
-    images = getattr(args, "images", None) or (file if file.is_dir() else file.parent)
-    if name == "captioning":
-        measure = partial(captioning, run, file, images, args.question, args.limit, score=cider_d)
-    else:
-        settings = {key: getattr(args, key) for key in ("split", "captions_per_image", "classes") if key in args}
-        items, sizes = read_test(name, file, images, **settings)
-        known = f"as in {SIZES[name][sizes]}" if sizes in SIZES[name] else f"NOT as published: {list(SIZES[name])}"
-        print(f"{file}: {' + '.join(f'{size:,}' for size in sizes)} items, {known}")
-        paper = paper_rows(SIZES[name].get(sizes, next(iter(SIZES[name].values()))))
-        settings = {"templates": args.template} if "template" in args else {}
-        measure = lambda: TESTS[name](Embeddings(run, args.cache), items, **settings)  # noqa: E731
+    name, options = args.command, ("split", "captions_per_image", "classes")
+    images = getattr(args, "images", None) or (args.file if args.file.is_dir() else args.file.parent)
+    items, sizes = read_test(name, args.file, images, **{key: getattr(args, key) for key in options if key in args})
+    published = SIZES[name]
+    dataset = published.get(sizes, next(iter(published.values())))
+    known = f"as in {dataset}" if sizes in published else f"NOT as published: {list(published)}"
+    print(f"{args.file}: {' + '.join(f'{size:,}' for size in sizes)} items, {known}; the paper's rows: on {dataset}")
+    templates = {"templates": args.template} if "template" in args else {}
+    rows = show(run, args, lambda: TESTS[name](Embeddings(run, args.cache), items, **templates), paper_rows(dataset))
+    if name == "sugarcrepe":
+        values = rows["this model"].values()
+        means = summary({name: rows["this model"]}) | {"all files": sum(values) / len(values)}
+        means["all items"] = sum(value * size for value, size in zip(values, sizes)) / sum(sizes)
+        print("means: " + ", ".join(f"{key} {value:.1f}" for key, value in means.items()))
+
+
+def caption_table(run: Run, args) -> None:
+    """eval.captioning on a training file, or on one in retrieval's formats."""
+    print(f"{args.file}: the first {args.limit:,} records, where there are as many; --limit N takes more")
+    images = args.images or args.file.parent
+    show(run, args, lambda: captioning(run, args.file, images, args.question, args.limit, cider_d), {})
+
+
+def show(run: Run, args, measure: Callable[[], dict], paper: dict) -> dict[str, dict[str, float]]:
+    """Measure, with --both the base model as well; print the rows, write them if wanted, and return them."""
+    rows = {}
     if args.both:
+        if not run.is_adapted:
+            raise DataError("--both: needs a run of train.py with its adapters; a plain model has nothing to compare")
         with adapters_disabled(run.model):
             rows["base model"] = measure()
     rows["this model"] = measure()
     if args.both:
         rows["difference"] = {key: value - rows["base model"][key] for key, value in rows["this model"].items()}
     print_table(rows | paper)
-    if name == "sugarcrepe":
-        values = rows["this model"].values()
-        means = summary({name: rows["this model"]}) | {"all files": sum(values) / len(values)}
-        means["all items"] = sum(value * size for value, size in zip(values, sizes)) / sum(sizes)
-        print("means: " + ", ".join(f"{key} {value:.1f}" for key, value in means.items()))
     if args.json:
-        args.json.write_text(json.dumps({name: rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({args.command: rows}, indent=2) + "\n")
+    return rows
 
 
 # ---- Arguments
@@ -249,7 +274,7 @@ OPTIONS = {
     "--out": dict(type=Path, default="search.png", metavar="PNG", help="picture to draw (search.png)"),
     "pictures": dict(nargs="*", type=Path, metavar="IMAGE", help="pictures"),
     "file": dict(type=Path, metavar="FILE", help="the authors' file, or the folder of their files or classes"),
-    "--images": dict(type=Path, metavar="DIR", help="where the pictures are (beside the file)"),
+    "--images": dict(type=Path, metavar="DIR", help="folder of the pictures (beside the file)"),
     "--question": dict(help=f"what to ask ({DESCRIBE!r}, or the prompt that a run was trained with)"),
     "--temperature": dict(type=temperature, default=0.0, help="0 is greedy (default), above samples"),
     "--max_new_tokens": dict(type=positive, default=256, metavar="N", help="longest answer (256)"),
@@ -269,18 +294,18 @@ OPTIONS = {
     "--text_prompt": dict(metavar="TEXT", default=TEXT_PROMPT, help="what follows a text (the paper's)"),
     "--cache": dict(type=Path, metavar="DIR", help="where embeddings are kept (in the run, or in runs/embeddings)"),
 }
-ANY = "--model --no-adapters --device --image_prompt --text_prompt"
-TEST = f"file --both --json --cache {ANY}"
+ANY, PROMPTS = "--model --no-adapters --device", "--image_prompt --text_prompt --cache"
+TEST = f"file --both --json {ANY} {PROMPTS}"
 COMMANDS = {  # what does it, what it does, its options
     "caption": (
-        describe,
+        caption_command,
         "describe pictures, or answer one question about each",
         f"pictures --question --max_new_tokens --temperature --batch --fill --images {ANY}",
     ),
     "chat": (chat, "talk about a picture", f"image --max_new_tokens {ANY}"),
-    "search": (search, "rank a folder's pictures, and draw the best", f"query --images --top --out --cache {ANY}"),
-    "match": (match, "rank captions of a picture", f"image captions {ANY}"),
-    "embed": (embed, "write embeddings of pictures or of lines of text", f"out inputs --texts --cache {ANY}"),
+    "search": (search, "rank a folder's pictures, and draw the best", f"query --images --top --out {ANY} {PROMPTS}"),
+    "match": (match, "rank captions of a picture", f"image captions {ANY} --image_prompt --text_prompt"),
+    "embed": (embed, "write embeddings of pictures or of lines of text", f"out inputs --texts {ANY} {PROMPTS}"),
     "retrieval": (
         table,
         "Flickr30k, COCO, nocaps (Karpathy's, COCO's or BLIP's JSON): R@1, 5, 10 both ways; a tie counts as lost",
@@ -291,9 +316,9 @@ COMMANDS = {  # what does it, what it does, its options
     "winoground": (table, "its examples.jsonl: text, image and group score", f"{TEST} --images"),
     "imagenet": (table, "zero-shot classes of a folder of folders: top 1 and 5", f"{TEST} --classes --template"),
     "captioning": (
-        table,
+        caption_table,
         "long captions' tokens predicted right (our training format), CIDEr-D (that, or retrieval's formats)",
-        f"{TEST} --images --question --limit",
+        f"file --both --json --images --question --limit {ANY}",
     ),
 }
 
@@ -308,8 +333,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     is_run = (Path(args.model) / "checkpoints").is_dir()
     args.cache = getattr(args, "cache", None) or Path(args.model if is_run else "runs") / "embeddings"
-    prompts = args.image_prompt, args.text_prompt
+    prompts = getattr(args, "image_prompt", IMAGE_PROMPT), getattr(args, "text_prompt", TEXT_PROMPT)
     try:
+        for path in (getattr(args, name, None) for name in ("out", "json")):
+            if path and not path.parent.is_dir():
+                raise DataError(f"{path}: there is no folder {path.parent}; make it first")
         run = load_run(args.model, args.device, *(() if prompts == (IMAGE_PROMPT, TEXT_PROMPT) else prompts))
         with adapters_disabled(run.model) if args.no_adapters else nullcontext():
             COMMANDS[args.command][0](run, args)

@@ -473,8 +473,8 @@ def test_faulty_lines_are_counted_or_stop(small_world, tmp_path, line, reason):
     (tmp_path / "rare.jsonl").write_text("\n".join(good * 4 + [line]))
     dataset = CaptionDataset(tmp_path / "rare.jsonl", run.layout, run.processor, small_world)
     assert len(dataset) == 4 * len(good) and sum(dataset.faults.values()) == 1 and reason in str(dataset.faults)
-    (tmp_path / "often.jsonl").write_text("\n".join([line, *good[:5]]))
-    with pytest.raises(DataError, match="line 1") as error:
+    (tmp_path / "often.jsonl").write_text("\n".join(["", line, *good[:5]]))  # empty lines count, as in an editor
+    with pytest.raises(DataError, match="line 2") as error:
         CaptionDataset(tmp_path / "often.jsonl", run.layout, run.processor, small_world)
     assert reason in str(error.value)
 
