@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import CaptionDataset, ResumableSampler, open_image
-from eval import Embeddings, Run, evaluate, load_base, read_json, run_test, summary
+from eval import TESTS, Embeddings, Run, evaluate, load_base, read_json, read_test, summary
 from losses import contrastive_loss
 from model import LanguageModel, VisionTower
 from toy import world
@@ -116,8 +116,8 @@ class Clip(nn.Module):
         return hidden[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
 
 
-class ClipEmbeddings(Embeddings):
-    """What the tests ask for, from a Clip."""
+class ClipEmbeddings:
+    """What the tests ask of an `Embeddings`, from a Clip."""
 
     def __init__(self, clip: Clip):
         self.clip, self.known = clip, {}
@@ -125,11 +125,18 @@ class ClipEmbeddings(Embeddings):
     @torch.no_grad()
     def images(self, paths):
         encode = lambda part: self.clip.images(torch.stack([self.clip.processor(open_image(p)) for p in part]))  # noqa: E731
-        return self.look_up(paths, 256, "pictures", lambda part: F.normalize(encode(part), dim=-1))
+        return self.look_up(paths, encode)
 
     @torch.no_grad()
     def texts(self, captions):
-        return self.look_up(captions, 512, "captions", lambda part: F.normalize(self.clip.texts(part), dim=-1))
+        return self.look_up(captions, self.clip.texts)
+
+    def look_up(self, items, encode):
+        new = [item for item in dict.fromkeys(items) if item not in self.known]
+        for start in range(0, len(new), 256):
+            part = new[start : start + 256]
+            self.known.update(zip(part, F.normalize(encode(part), dim=-1)))
+        return torch.stack([self.known[item] for item in items])
 
 
 def train_clip(run: Run, config: TrainConfig, dataset: CaptionDataset, seconds: float, peak_lr: float = 1e-3) -> Clip:
@@ -168,7 +175,8 @@ def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model
         for test, s in read_json(tests).items():
             if test != "captioning":
                 file, images = tests.parent / s["file"], tests.parent / s["images"]
-                tables[test] = run_test(test, embeddings, file, images, s.get("split", "test"))
+                items, _ = read_test(test, file, images, s.get("split", "test"))
+                tables[test] = TESTS[test](embeddings, items)
         return {"columns": summary(tables), "seconds": seconds}
     add_adapters(run, config)
     dataset = CaptionDataset(data, run.layout, run.processor, contrast=config.contrast)

@@ -30,15 +30,10 @@ def exercise(number: str, learned: str):
                 with torch.enable_grad():
                     check(*arguments)
             except NotYet as hint:
-                raise NotYet(f"exercise {number}: {hint}") from None
+                raise NotYet(f"exercise {number}: {hint}{reminder(arguments)}") from None
             except Exception as error:
-                advice = (
-                    "Is a blank (...) left?" if "ellipsis" in str(error) or is_blank(error) else "Check the shapes."
-                )
-                found = (
-                    f"your code stops with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
-                raise NotYet(f"exercise {number}: {found}. {advice}") from None
+                found = f"your code stops with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                raise NotYet(f"exercise {number}: {found}{reminder(arguments) or '. Check the shapes'}") from None
             print(f"✓ exercise {number}: {learned}")
 
         return checked
@@ -46,8 +41,13 @@ def exercise(number: str, learned: str):
     return decorate
 
 
-def is_blank(error: Exception) -> bool:
-    return any(word in str(error) for word in ("Ellipsis", "'...'"))
+def reminder(answers) -> str:
+    """A remark where an answer, a function or a class with methods, still holds a bare `...`."""
+    found = [each for answer in answers for each in (answer, *getattr(answer, "__dict__", {}).values())]
+    codes = [function.__code__ for function in found if hasattr(function, "__code__")]
+    constants = [constant for code in codes for constant in code.co_consts]
+    constants += [inner for constant in constants for inner in getattr(constant, "co_consts", ())]  # of generators
+    return " (a blank, `...`, is still there)" if any(constant is ... for constant in constants) else ""
 
 
 def need(condition, hint: str) -> None:

@@ -242,26 +242,23 @@ checks.exercise_1_3(attention_weights)
 
 # %% [markdown]
 # PyTorch's fused attention never shows its weights. A trick: attention returns *weights times values*, so if the
-# values are the identity matrix, it returns the weights. We hang that on every layer of the real model and look at
-# what the last token of the question looks at in the picture.
+# values are the identity matrix, it returns the weights. We put a listener in place of the function that every layer
+# of the real model calls, and see what the last token of the question looks at in the picture.
 
 
 # %%
 def watch_attention(ids, pixels):
     """-> a list, one a layer, of attention weights (B, H, T, T)."""
-    seen = []
+    seen, attention = [], F.scaled_dot_product_attention
 
-    def watch(attention, inputs, output):
-        x, cos, sin = inputs[:3]
-        q, k = (llava_code.heads(layer(x), attention.head_dim) for layer in (attention.q_proj, attention.k_proj))
-        q, k = llava_code.rotate(q, cos, sin), llava_code.rotate(k, cos, sin)
-        identity = torch.eye(q.shape[2]).expand(*q.shape[:2], -1, -1)  # values (B, H, T, T)
-        seen.append(F.scaled_dot_product_attention(q, k, identity, is_causal=True))
+    def listener(q, k, v, is_causal=False, **options):
+        if is_causal:  # the language model's; in the vision tower patches look both ways
+            identity = torch.eye(q.shape[2]).expand(*q.shape[:2], -1, -1)  # values (B, H, T, T)
+            seen.append(attention(q, k, identity, is_causal=True))
+        return attention(q, k, v, is_causal=is_causal, **options)
 
-    hooks = [layer.self_attn.register_forward_hook(watch) for layer in model.language_model.layers]
-    model(ids, pixels)
-    for hook in hooks:
-        hook.remove()
+    with checks.replaced(llava_code.F, "scaled_dot_product_attention", listener):
+        model(ids, pixels)
     return seen
 
 

@@ -36,6 +36,7 @@ items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images", most=
 pictures = [open_image(path) for path, _ in items]
 texts = [text for _, captions in items for text in captions]
 image_of_text = torch.arange(len(items)).repeat_interleave(2)
+dataset = CaptionDataset(WORLD / "train.jsonl", base.layout, base.processor)
 long_captions = [json.loads(line)["long"] for line in (WORLD / "test.jsonl").read_text().splitlines()]
 _ = torch.manual_seed(0)
 # %% [markdown]
@@ -59,7 +60,6 @@ draw.flow(
 # embeddings are collected from all chunks first.
 
 # %%
-dataset = CaptionDataset(WORLD / "train.jsonl", base.layout, base.processor)
 batch = collate([dataset[index, 0] for index in range(32)], base.layout, micro_batch=16, caption_share=0.25)
 for kind, chunks in (("images", batch.images), ("texts", batch.texts)):
     for chunk in chunks:
@@ -163,7 +163,7 @@ checks.exercise_5_2(ROWS)
 
 # %%
 def train_row(name, **settings):
-    config = TrainConfig(steps=30, batch_size=32, warmup=4, **settings)
+    config = TrainConfig(batch_size=32, warmup=4, **{"steps": 30} | settings)
     run = load_run(MODEL, device="cpu")
     add_adapters(run, config)
     out = ROOT / "runs" / "workshop" / name
@@ -217,9 +217,10 @@ draw.pictures(pictures[:1], side=2)
 print(*[f"{name}:\n  {text}" for name, text in says.items()], sep="\n")
 
 # %% [markdown]
-# Both runs search about equally well. The one without the autoregressive loss can no longer say what it sees (behind
-# the prompt it was trained with). Nothing in its loss curve showed that: **only an evaluation of the thing you care
-# about does.**
+# Both runs search about equally well (a point more or less is noise). The one without the autoregressive loss can no
+# longer say what it sees, behind the prompt that it was trained with. The other one stumbles, and is on its way back:
+# in the full run it reaches 98 % of the attributes. The curve of the contrastive loss shows nothing of all that.
+# **Only an evaluation of the thing you care about does.**
 #
 # `train.py` runs the whole set of tests (`eval.evaluate`: retrieval, SugarCrepe, SugarCrepe++, Winoground,
 # captioning) before and after, and prints both.
@@ -291,7 +292,7 @@ for first, second, name in [
 
 # %%
 try:
-    _, log = train_row("broken", ar_weight=0.0, lr=0.2)
+    _, log = train_row("broken", ar_weight=0.0, lr=0.2, steps=12)
     draw.curves(
         (
             "contrastive loss, learning rate 0.2",
