@@ -71,10 +71,8 @@ def help_of(target: str, *words: str) -> str:
     sys.argv = [target, *words, "--help"]
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            if target.startswith("-m "):
-                runpy.run_module(target[3:], run_name="__main__", alter_sys=False)
-            else:
-                runpy.run_path(str(PROJECT / target), run_name="__main__")
+            file = target[3:].replace(".", "/") + ".py" if target.startswith("-m ") else target
+            runpy.run_path(str(PROJECT / file), run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, f"{target} {' '.join(words)} --help: {output.getvalue()}"
     finally:
