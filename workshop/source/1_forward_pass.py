@@ -7,14 +7,15 @@
 # You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 30 minutes, four exercises.
 #
 # How to work: run the cells in order with Shift+Enter. An exercise is a cell with a blank, `...`. The cell below it
-# checks your answer and gives a hint. **Nothing later depends on your answers.** If you are stuck, read the hint,
-# look into `workshop/solutions/`, or go on.
+# checks your answer and gives a hint. Replace the `...`; you may add lines. **Nothing later depends on your
+# answers.** If you are stuck, read the hint, look into `workshop/solutions/`, or go on.
 #
 # Axes, in this notebook and in the code: **B** batch, **T** tokens, **N** image tokens, **D** hidden size, **H**
 # heads, **V** vocabulary.
 
 # %% setup
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -24,14 +25,14 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 
-import model as llava_code
+import model as llava_code  # model.py; `model` below is the loaded network
 from data import open_image, read_retrieval
 from eval import load_run
 from toy import world
 from workshop import checks, draw
 
 WORLD = world.build(ROOT / "runs" / "workshop" / "world", train_scenes=1024, test_scenes=400)
-run = load_run(ROOT / "toy" / "tiny-llava", device="cpu")
+run = load_run(ROOT / "toy" / "tiny-llava", device="cpu")  # model, layout of sequences, image processor
 model, layout, tokenizer = run.model, run.layout, run.tokenizer
 items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images")  # (path of a picture, its captions)
 _ = torch.set_grad_enabled(False)  # nothing is trained in this notebook
@@ -83,9 +84,10 @@ image = open_image(items[0][0])
 pixel_values = run.pixel_values([image])
 
 # %%
-red = int(torch.tensor(list(image.getpixel((0, 0))))[0])
+red, raw = image.getpixel((0, 0))[0], json.loads((ROOT / "toy" / "tiny-llava" / "preprocessor_config.json").read_text())
+x = (red / 255 - raw["image_mean"][0]) / raw["image_std"][0]  # the formula
 print("pixel_values (B, 3, height, width):", tuple(pixel_values.shape))
-print(f"red value of the corner: {red} -> {run.processor.table[0][red]:.3f} =", f"{pixel_values[0, 0, 0, 0]:.3f}")
+print(f"red in the top left corner: {red}; by the formula {x:.4f}, in pixel_values {pixel_values[0, 0, 0, 0]:.4f}")
 draw.patch_grid(image, P)
 
 # %% [markdown]
@@ -101,7 +103,8 @@ print(inspect.getsource(llava_code.VisionTower.forward))
 # A patch is $3 \cdot P \cdot P$ numbers. Its embedding is $W \cdot \text{patch}$: one matrix for all patches. Cutting
 # is done for you. Flatten the patches and multiply.
 #
-# The weight of the convolution has shape (D, 3, P, P). `tensor.flatten(1)` makes it (D, 3 · P · P).
+# The weight of the convolution has shape (D, 3, P, P), with D the tower's own width, 160. `tensor.flatten(1)` makes
+# it (D, 3 · P · P).
 
 
 # %% exercise 1.1
@@ -137,18 +140,16 @@ checks.exercise_1_1(patch_embedding)
 # %%
 features = model.vision_tower(pixel_values)
 print("vision tower (B, class token + N, D of the vision tower):", tuple(features.shape))
-print(
-    "projector    (B, N, D of the language model):           ",
-    tuple(model.multi_modal_projector(features[:, 1:]).shape),
-)
-print()
+projected = model.multi_modal_projector(features[:, 1:])
+print("projector    (B, N, D of the language model):           ", tuple(projected.shape), end="\n\n")
 print(inspect.getsource(llava_code.Llava.image_features))
 
 # %% [markdown]
 # ## One sequence for both
 #
-# The question is text with a hole for the picture: the token `<image>`, once for each patch. Run the cell and read
-# the strip from left to right.
+# The question is text with a hole for the picture: the token `<image>`, once for each patch. Around it stands the
+# template that this model was trained with: `<s> USER: ... ASSISTANT:`. Run the cell and read the strip from left to
+# right.
 
 # %% setup
 question = "Describe the image in detail."
@@ -158,15 +159,7 @@ prompt = layout.question(question)  # token ids, a list
 words = [tokenizer.tokenizer.id_to_token(index).replace("<image>", "img") for index in prompt]
 colors = [draw.ORANGE if index == layout.image_id else draw.GREEN for index in prompt]
 draw.tokens(("orange: places of image features, green: words", list(zip(words, colors))))
-print(
-    "input_ids (B, T):",
-    (1, len(prompt)),
-    "of which",
-    prompt.count(layout.image_id),
-    "are",
-    layout.image_id,
-    "= <image>",
-)
+print(f"input_ids (B, T): {(1, len(prompt))}; {prompt.count(layout.image_id)} of them are {layout.image_id}, <image>")
 
 # %% [markdown]
 # ### Exercise 1.2: put the image features in their places (4 minutes)
@@ -206,7 +199,9 @@ print(inspect.getsource(llava_code.Llava.forward))
 # %% [markdown]
 # ## Attention looks back, never ahead
 #
-# In the language model, each token collects from the tokens before it:
+# In the language model, each token collects from the tokens before it. Three linear layers make of its state a query
+# q (what it looks for), a key k (what it offers) and a value v (what it gives), of $d$ numbers each (`head_dim`), in
+# each of H heads. The output is weights times values, with
 #
 # $$ \text{weights} = \text{softmax}\!\left(\frac{q k^\top}{\sqrt{d}}\right), \qquad
 # \text{weights}_{t,s} = 0 \text{ for } s > t $$
@@ -243,7 +238,8 @@ checks.exercise_1_3(attention_weights)
 # %% [markdown]
 # PyTorch's fused attention never shows its weights. A trick: attention returns *weights times values*, so if the
 # values are the identity matrix, it returns the weights. We put a listener in place of the function that every layer
-# of the real model calls, and see what the last token of the question looks at in the picture.
+# of the real model calls (`checks.replaced(owner, name, value)` does that inside of its `with`, and puts the old one
+# back), and see what the last token of the question looks at in the picture.
 
 
 # %%
@@ -389,7 +385,7 @@ caption_ids = tokenizer.encode(items[0][1][0])
 longer = model(torch.tensor([prompt + caption_ids]), pixel_values)
 difference = (longer[:, : len(prompt)] - hidden).abs().max().item()
 print(f"hidden (B, T, D) {tuple(hidden.shape)} and, with a caption behind it, {tuple(longer.shape)}")
-print(f"largest difference on the common positions: {difference:.1e}")
+print(f"largest difference on the common positions: {difference:.1e} (rounding: sums of another length)")
 
 # %% [markdown]
 # ## What to take home

@@ -45,7 +45,7 @@ _ = torch.set_grad_enabled(False)  # nothing is trained in this notebook
 # the same language model, at the same kind of token.
 
 # %%
-blank = tokenizer.tokenizer.id_to_token
+word_of = tokenizer.tokenizer.id_to_token
 image_ids, text_ids = layout.image_side(), layout.text_side(captions[0])
 strips = []
 for label, ids, prompt_ids in [
@@ -55,7 +55,7 @@ for label, ids, prompt_ids in [
     start = len(ids) - len(prompt_ids)
     words = [
         (
-            blank(index).replace("<image>", "img"),
+            word_of(index).replace("<image>", "img"),
             draw.GREEN if place >= start else draw.ORANGE if index == layout.image_id else draw.BLUE,
         )
         for place, index in enumerate(ids)
@@ -68,15 +68,15 @@ print("image side (B, T):", (1, len(image_ids)), "  text side (B, T):", (1, len(
 
 # %% [markdown]
 # What would the model say? Here is its next-token distribution at the summary, for a picture and for one of its
-# captions. The toy's language has compound nouns ("red-ring") for what belongs together, so that one word can say who
-# owns what.
+# captions. The toy's language has compound nouns for what belongs together: "red-ring" is a ring that is red,
+# "right-cyan" something cyan on the right. So one word can say who owns what.
 
 
 # %%
 def next_words(ids, pixels=None, count=8):
     hidden = model(torch.tensor([ids]), pixels)  # (1, T, D)
     best = model.logits(hidden[0, -1]).softmax(-1).topk(count)
-    return [blank(index) for index in best.indices.tolist()], best.values.tolist()
+    return [word_of(index) for index in best.indices.tolist()], best.values.tolist()
 
 
 draw.pictures(pictures[:1], [captions[0]], side=2)
@@ -163,14 +163,8 @@ images, texts = encode_image(run, pictures), encode_text(run, captions)
 scores = texts @ images.T  # (texts, images), cosine similarities
 
 # %%
-print(
-    "images (B, D):",
-    tuple(images.shape),
-    " texts (B, D):",
-    tuple(texts.shape),
-    " scores (texts, images):",
-    tuple(scores.shape),
-)
+print("images (B, D):", tuple(images.shape), " texts (B, D):", tuple(texts.shape))
+print("scores (texts, images):", tuple(scores.shape))
 draw.matrices(("cosine: 12 captions (down) with their 12 pictures (across)", scores[0:24:2, :12]))
 
 # %% [markdown]
@@ -208,9 +202,9 @@ for way, value in recall_at_k(scores, image_of_text).items():
 print(f"chance of t2i_r1: {100 / len(pictures):.2f} %")
 
 # %% [markdown]
-# T2I is text to image, I2T image to text; `r1`, `r5` and `r10` ask whether the right one is among the first 1, 5 or
-# 10. Now look. Three captions, and the six nearest pictures of each, with their cosine. A green frame marks the
-#     caption's own picture.
+# T2I is text to image, I2T image to text; `r1`, `r5` and `r10` ask whether the right one is among the first one, five
+# or ten. Now look: three captions, and the six nearest pictures of each, with their cosine. A green frame marks the
+# caption's own picture.
 
 # %%
 for text_index in (0, 8, 16):
@@ -270,7 +264,7 @@ PROMPTS = {  # name: (image prompt, text prompt)
 def effective_rank(embeddings):  # (B, D) -> a number from 1 to D
     values = torch.linalg.svdvals(embeddings - embeddings.mean(0))
     p = values / values.sum()
-    return (-(p * p.clamp(min=1e-12).log()).sum()).exp().item()
+    return (-(p * p.clamp(min=1e-12).log()).sum()).exp().item()  # exp H
 
 
 results = {}
@@ -294,13 +288,14 @@ draw.scatter(entropies, recalls, list(results), "entropy of the next token (nats
 #   behind this prompt is busy with one word that is the same for all pictures. *How many* is the same story with
 #   three words.
 # * High entropy goes with good retrieval, as in the paper. But read it with care: six prompts, one small model. And
-#   the empty question does as well as the paper's: half of this model's pre-training was one-word summaries, so that
-#   is what it does when nothing is asked. A real LLaVA would begin to chat.
+#   the empty question does as well as the paper's: three of the four kinds of lessons in this model's pre-training
+#   begin with a one-word summary, so that is what it does when nothing is asked. A real LLaVA would begin to chat.
 #
 # ## Who owns what
 #
 # Same words, different owners: a test in the manner of Winoground. A model that reads a caption like a bag of words
-# cannot tell these apart. Row: caption. Column: picture. In each row and each column the diagonal must win.
+# cannot tell these apart. Row: caption. Column: picture. In each row and each column the diagonal must win; where it
+# does not, the model has read words and not the sentence. There is one such failure below.
 
 # %%
 quadruples = read_winoground(WORLD / "test" / "winoground" / "examples.jsonl", WORLD / "test" / "winoground" / "images")

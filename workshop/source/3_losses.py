@@ -36,8 +36,8 @@ model, layout, tokenizer = run.model, run.layout, run.tokenizer
 dataset = CaptionDataset(WORLD / "train.jsonl", layout, run.processor)
 
 # %% [markdown]
-# One record of the training data: a picture, short captions that say a part of the truth, and a long one that says
-# all of it.
+# One record of the training data (`dataset[index, draw]` takes one caption of each kind; `draw` says which): a
+# picture, short captions that say a part of the truth, and a long one that says all of it.
 
 # %%
 record = dataset.record(0)
@@ -59,7 +59,6 @@ print("long:", *record["long"], sep="\n  ")
 # %%
 samples = [dataset[index, 0] for index in range(12)]
 with torch.no_grad():
-    batch = collate(samples, layout, micro_batch=12)
     pictures = [open_image(dataset.root / dataset.record(index)["image"]) for index in range(12)]
     images, texts = encode_image(run, pictures), encode_text(run, [sample.short for sample in samples])
 similarity = images @ texts.T / 0.07  # (B, B)
@@ -269,7 +268,7 @@ for name, function in [("two passes", twice), ("one pass", once)] * 3:
     model.zero_grad()
     seconds[name] = min(seconds.get(name, 99), time.perf_counter() - start)
 difference = (once()[0] - twice()[0]).abs().max().item()
-print(f"largest difference of the embeddings: {difference:.1e}")
+print(f"largest difference of the embeddings: {difference:.1e} (rounding)")
 print(*[f"{name}: {value:.2f} s" for name, value in seconds.items()], sep="\n")
 
 # %% [markdown]
@@ -318,7 +317,11 @@ def smooth(log):
 
 
 draw.curves(
-    ("contrastive loss in training", {"short captions": smooth(short_log), "long captions": smooth(long_log)}), log=True
+    (
+        "contrastive loss in training, mean of 5 steps",
+        {"short captions": smooth(short_log), "long captions": smooth(long_log)},
+    ),
+    log=True,
 )
 draw.grouped_bars(
     ["text to image R@1", "image to text R@1"], recalls, title="retrieval of 400 test pictures by short captions"
@@ -368,7 +371,11 @@ for kind, each, log in [("short", on_short, short_log), ("long", on_long, long_l
         s = encode_image(one, looks) @ encode_text(one, [e[kind][0] for e in held_out]).T / temperature
         values.append(50 * (2 - s.softmax(0).diagonal() - s.softmax(1).diagonal()).mean().item())
     left[f"{kind} captions"] = values
-draw.grouped_bars(["before training", "after 40 steps"], left, title="probability on wrong pairs, of 128 test scenes")
+draw.grouped_bars(
+    ["before training", "after 40 steps"],
+    left,
+    title="probability on wrong pairs, among 128 test scenes, at the run's temperature",
+)
 
 # %% [markdown]
 # ## What to take home

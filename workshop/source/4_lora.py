@@ -57,7 +57,8 @@ draw.blocks(
 # %% [markdown]
 # In a layer of LLaVA-1.5-7B (11,008 x 4,096) the same rank is 0.5 % of W, thinner than a line in this figure.
 #
-# B starts at zero. So the first forward pass gives exactly the base model: training begins where pre-training ended.
+# The constant $\alpha$ is 16 here, as the rank is, so the scale in front is 1. B starts at zero. So the first forward
+# pass gives exactly the base model: training begins where pre-training ended.
 #
 # ### Exercise 4.1: ten-line LoRA (5 minutes)
 
@@ -229,8 +230,8 @@ checks.exercise_4_4(lora_backward)
 print(inspect.getsource(lora.LeanLoRA.backward))
 
 # %% [markdown]
-# What does it save? Autograd tells what it keeps for the backward pass. We count the bytes of one forward pass of 16
-# pictures, with the reference and with the lean form.
+# What does it save? You need not read the next cell, only its result. Autograd tells what it keeps for the backward
+# pass. We count the bytes of one forward pass of 16 pictures, with the reference and with the lean form.
 
 
 # %%
@@ -318,7 +319,8 @@ checks.exercise_4_5(soft_embedding)
 print(inspect.getsource(lora.SoftPrompt.forward))
 
 # %% [markdown]
-# Now train only the prompts: 18 vectors, 2,304 numbers, a tenth of a percent of the model. Half a minute at most.
+# Now train only the prompts (`TrainConfig` holds every setting; what is given differs from its defaults): 18 vectors,
+# 2,304 numbers, a tenth of a percent of the model. Half a minute at most.
 
 
 # %%

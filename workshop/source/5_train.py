@@ -69,6 +69,20 @@ print(f"{batch.num_pairs} pairs; {batch.num_tokens} tokens for the autoregressiv
 # %%
 print(inspect.getsource(training_step))
 
+
+# %% setup
+def make():
+    """A fresh run with adapters, an optimizer for them, and a batch of eight pictures."""
+    run, config = load_run(MODEL, device="cpu"), TrainConfig(steps=10)
+    add_adapters(run, config)
+    log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+    optimizer = make_optimizer(run.model, log_scale, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    data = CaptionDataset(WORLD / "train.jsonl", run.layout, run.processor)
+    batch = collate([data[index, 0] for index in range(8)], run.layout, micro_batch=8)
+    return run, optimizer, parameters, lambda: training_step(run.model, batch, log_scale, config)
+
+
 # %% [markdown]
 # ### Exercise 5.1: the step around the step (6 minutes)
 #
@@ -98,19 +112,6 @@ def step(optimizer, parameters, losses, factor):
     optimizer.step()
     optimizer.zero_grad()
     return result
-
-
-# %% setup
-def make():
-    """A fresh run with adapters, an optimizer for them, and a batch of eight pictures."""
-    run, config = load_run(MODEL, device="cpu"), TrainConfig(steps=10)
-    add_adapters(run, config)
-    log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
-    optimizer = make_optimizer(run.model, log_scale, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    data = CaptionDataset(WORLD / "train.jsonl", run.layout, run.processor)
-    batch = collate([data[index, 0] for index in range(8)], run.layout, micro_batch=8)
-    return run, optimizer, parameters, lambda: training_step(run.model, batch, log_scale, config)
 
 
 # %% check 5.1
