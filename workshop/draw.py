@@ -199,6 +199,19 @@ def grouped_bars(columns: list[str], rows: dict[str, list[float]], ylabel: str =
     plt.show()
 
 
+def intervals(rows: dict[str, tuple[float, float]], xlabel: str) -> None:
+    """Means with the half-widths of their intervals; what does not hold zero is drawn in color."""
+    figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(rows) + 0.9), layout="constrained")
+    for place, (mean, half) in enumerate(rows.values()):
+        axis.errorbar(mean, place, xerr=half, fmt="o", capsize=4, color=GRAY if abs(mean) <= half else BLUE)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(xlabel, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    plt.show()
+
+
 def blocks(*parts: tuple[str, int, int, str], title: str = "") -> None:
     """Matrices as rectangles to scale: (name, rows, columns, color), in a row."""
     largest = max(max(rows, columns) for _, rows, columns, _ in parts)

@@ -58,9 +58,8 @@ print("long:", *record["long"], sep="\n  ")
 
 # %%
 samples = [dataset[index, 0] for index in range(12)]
-with torch.no_grad():
-    pictures = [open_image(dataset.root / dataset.record(index)["image"]) for index in range(12)]
-    images, texts = encode_image(run, pictures), encode_text(run, [sample.short for sample in samples])
+pictures = [open_image(dataset.root / dataset.record(index)["image"]) for index in range(12)]
+images, texts = encode_image(run, pictures), encode_text(run, [sample.short for sample in samples])
 similarity = images @ texts.T / 0.07  # (B, B)
 print("similarity (B, B):", tuple(similarity.shape))
 draw.matrices(

@@ -267,6 +267,7 @@ def column(row, name):
     return torch.tensor([committed[row][seed]["columns"][name] for seed in sorted(committed[row])])
 
 
+rows = {}
 for first, second, name in [
     ("soft prompts", "both", "T2I@1"),
     ("soft prompts", "both", "swap"),
@@ -275,10 +276,11 @@ for first, second, name in [
     ("both", "both + AR", "attributes"),
     ("long captions contrasted", "both", "T2I@1"),
 ]:
-    d = column(second, name) - column(first, name)
-    half = 4.30 * d.std() / 3**0.5
-    verdict = "within noise" if d.mean().abs() <= half else "a difference"
-    print(f"{first:>25} -> {second:10} {name:10} {d.mean():+6.1f} ± {half:4.1f}   {verdict}")
+    d = column(second, name) - column(first, name)  # (3,), one difference a seed
+    rows[f"{name}: {first} → {second}"] = d.mean().item(), 4.30 * d.std().item() / 3**0.5
+for label, (mean, half) in rows.items():
+    print(f"{label:48} {mean:+6.1f} ± {half:3.1f}   {'within noise' if abs(mean) <= half else 'a difference'}")
+draw.intervals({label: row for label, row in rows.items() if abs(row[0]) < 10}, "points (the two large ones left out)")
 
 # %% [markdown]
 # LoRA brings search and composition, the autoregressive loss brings captions. For *more composition through the
