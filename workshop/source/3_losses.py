@@ -13,6 +13,7 @@
 # %% setup
 import inspect
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -289,7 +290,8 @@ def train_briefly(contrast):
     add_adapters(trained, config)
     data = CaptionDataset(WORLD / "train.jsonl", trained.layout, trained.processor, contrast=contrast)
     out = ROOT / "runs" / "workshop" / contrast
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # of a former run of this cell
+    out.mkdir(parents=True)
     train(trained, config, data, out)
     return trained, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 

@@ -13,6 +13,7 @@
 
 # %% setup
 import inspect
+import shutil
 import sys
 from pathlib import Path
 
@@ -336,7 +337,8 @@ before = t2i(prompted)
 add_adapters(prompted, config)
 print(f"{sum(p.numel() for p in trainable_parameters(prompted.model).values()):,} parameters")
 out = ROOT / "runs" / "workshop" / "prompts"
-out.mkdir(parents=True, exist_ok=True)
+shutil.rmtree(out, ignore_errors=True)  # of a former run of this cell
+out.mkdir(parents=True)
 train(prompted, config, CaptionDataset(WORLD / "train.jsonl", prompted.layout, prompted.processor), out)
 print(f"text to image R@1: {before:.1f} -> {t2i(prompted):.1f} %")
 

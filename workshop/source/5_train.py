@@ -14,6 +14,7 @@
 import inspect
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -168,7 +169,8 @@ def train_row(name, **settings):
     run = load_run(MODEL, device="cpu")
     add_adapters(run, config)
     out = ROOT / "runs" / "workshop" / name
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # of a former run of this cell
+    out.mkdir(parents=True)
     train(run, config, CaptionDataset(WORLD / "train.jsonl", run.layout, run.processor), out)
     return run, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
