@@ -30,10 +30,10 @@ def exercise(number: str, learned: str):
                 with torch.enable_grad():
                     check(*arguments)
             except NotYet as hint:
-                raise NotYet(f"exercise {number}: {hint}{reminder(arguments)}") from None
+                raise NotYet(f"exercise {number}: {with_reminder(str(hint), arguments)}") from None
             except Exception as error:
                 found = f"your code stops with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                raise NotYet(f"exercise {number}: {found}{reminder(arguments) or '. Check the shapes'}") from None
+                raise NotYet(f"exercise {number}: {with_reminder(found, arguments)}") from None
             print(f"✓ exercise {number}: {learned}")
 
         return checked
@@ -41,13 +41,16 @@ def exercise(number: str, learned: str):
     return decorate
 
 
-def reminder(answers) -> str:
-    """A remark where an answer, a function or a class with methods, still holds a bare `...`."""
+def with_reminder(hint: str, answers) -> str:
+    """The hint; where an answer, a function or a class with methods, still holds a bare `...`, it says so."""
     found = [each for answer in answers for each in (answer, *getattr(answer, "__dict__", {}).values())]
     codes = [function.__code__ for function in found if hasattr(function, "__code__")]
     constants = [constant for code in codes for constant in code.co_consts]
     constants += [inner for constant in constants for inner in getattr(constant, "co_consts", ())]  # of generators
-    return " (a blank, `...`, is still there)" if any(constant is ... for constant in constants) else ""
+    if not any(constant is ... for constant in constants):
+        return hint
+    blank = "fill in the blank, `...`"
+    return blank if "llipsis" in hint or "blank" in hint else f"{hint} (there is still a blank, `...`)"
 
 
 def need(condition, hint: str) -> None:
@@ -55,11 +58,11 @@ def need(condition, hint: str) -> None:
         raise NotYet(hint)
 
 
-def tensor(value, shape: tuple, what: str = "your function") -> torch.Tensor:
+def tensor(value, shape: tuple, what: str = "the result") -> torch.Tensor:
     """The answer as a tensor of this shape, or a hint."""
-    need(value is not ... and value is not None, f"{what} returns {value}: fill in the blank, `...`")
-    need(isinstance(value, torch.Tensor), f"{what} returns a {type(value).__name__}, not a tensor")
-    need(tuple(value.shape) == tuple(shape), f"{what} returns the shape {tuple(value.shape)}, wanted is {tuple(shape)}")
+    need(value is not ... and value is not None, f"{what} is {value}: fill in the blank, `...`")
+    need(isinstance(value, torch.Tensor), f"{what} is a {type(value).__name__}, not a tensor")
+    need(tuple(value.shape) == tuple(shape), f"{what} has the shape {tuple(value.shape)}, wanted is {tuple(shape)}")
     return value
 
 
@@ -95,7 +98,7 @@ def exercise_1_1(patch_embedding):
         raise NotYet("the patches are in the wrong order: row by row, from left to right")
     need(
         close(value, wanted),
-        "the shape is right, the numbers are not: flatten channels, rows and columns in this order",
+        "the shape is right, the numbers are not: flatten channels, rows and columns of both in the same order",
     )
 
 
@@ -299,7 +302,7 @@ def exercise_4_1(lora_class):
         value = mine(x)
     except NotImplementedError:
         raise NotYet("fill in forward") from None
-    value = tensor(value, (3, 5, 4), "forward")
+    value = tensor(value, (3, 5, 4), "the result of forward")
     need(close(value, base(x)), "before training it must be the base layer exactly: B starts at zero, nothing is lost")
     with torch.no_grad():
         for parameter in mine.A, mine.B, real.lora_A.weight, real.lora_B.weight:

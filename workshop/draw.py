@@ -225,5 +225,5 @@ def blocks(*parts: tuple[str, int, int, str], title: str = "") -> None:
         x += w + 0.9
     axis.set(xlim=(-0.3, x), ylim=(-1.8, 1.1), aspect="equal")
     axis.axis("off")
-    axis.set_title(wrapped(title, 44), fontsize=10, loc="left")
+    axis.set_title(wrapped(title, 52), fontsize=9, loc="left")
     plt.show()

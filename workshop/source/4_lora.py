@@ -137,6 +137,7 @@ print(f"rank 16: {32 * per_block:,} new parameters, {100 * 32 * per_block / 7.05
 # check with your own eyes:
 
 # %%
+model = load_run(ROOT / "toy" / "tiny-llava", device="cpu").model  # fresh, so that the cell can be run again
 freeze(model)
 add_lora(model, LoRAConfig(rank=16, alpha=16))
 trained = trainable_parameters(model)
@@ -179,8 +180,6 @@ with torch.no_grad():
     merge_lora(model)
     merged = model(ids, pixels)
 print(f"3. merged: {len(lora.adapters(model))} adapters left, largest difference {(merged - changed).abs().max():.1e}")
-run = load_run(ROOT / "toy" / "tiny-llava", device="cpu")  # a fresh base for what follows
-model = run.model
 
 # %% [markdown]
 # ## The fused one
@@ -252,6 +251,7 @@ def kept_megabytes():
     return sum(size for size, _ in seen.values()) / 1e6
 
 
+model = load_run(ROOT / "toy" / "tiny-llava", device="cpu").model  # fresh
 freeze(model)
 add_lora(model, LoRAConfig(rank=16, alpha=16))
 lean = kept_megabytes()
