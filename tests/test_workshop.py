@@ -169,10 +169,11 @@ def test_replaced_puts_everything_back():
 
 
 SHORTER = """
-import dataclasses
-import train
-whole_training = train.train
-train.train = lambda run, config, *rest: whole_training(run, dataclasses.replace(config, steps=6), *rest)
+import dataclasses, functools, train
+@functools.wraps(train.train)
+def shorter(run, config, *rest, train=train.train):
+    train(run, dataclasses.replace(config, steps=6), *rest)
+train.train = shorter
 """
 
 
