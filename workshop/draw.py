@@ -174,7 +174,7 @@ def curves(*panels: tuple[str, dict[str, list[float]]], xlabel: str = "step", lo
 def scatter(x, y, names, xlabel: str, ylabel: str) -> None:
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     axis.scatter(x, y, color=BLUE)
-    for number, (place, name) in enumerate(zip(zip(x, y), names)):
+    for number, (*place, name) in enumerate(sorted(zip(x, y, names))):
         shift = (4, -9 if number % 2 else 4)  # neighbours do not write over each other
         axis.annotate(name, place, xytext=shift, textcoords="offset points", fontsize=7)
     axis.margins(x=0.25, y=0.12)
