@@ -23,6 +23,7 @@ Axes: B batch, T tokens.
 import io
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -61,6 +62,14 @@ def read_json(path: str | Path, expected: type | tuple[type, ...] = dict):
     return content
 
 
+def sync(path: Path) -> None:
+    """Come back when a file, or a folder's list of names, has reached the disk."""
+    if os.name != "nt":  # Windows does not open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def inside(root: Path, name: str) -> Path:
     """The path `name` below `root`. Raises DataError where it is absolute or leads outside, by `..` or a link."""
     with suppress(OSError, ValueError, RuntimeError):  # no path at all: a null byte, a lone surrogate, a loop of links
@@ -78,14 +87,16 @@ class TextTokenizer:
         path = Path(folder) / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.begin = self.tokenizer.encode("").ids  # [1], LLaMA's <s>; nothing for Qwen
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even that
             raise DataError(f"{path}: not a tokenizer, perhaps a Git LFS pointer or a web page ({error})") from None
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: index for index, token in added.items() if token.special}
         self.special_pattern = re.compile(f"({'|'.join(map(re.escape, self.special_ids)) or '(?!)'})")
-        self.begin = self.tokenizer.encode("").ids  # [1], LLaMA's <s>; nothing for Qwen
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Text -> ids, nothing put in front. `special` reads <image>, </s> and the like as special tokens: for our
@@ -444,13 +455,14 @@ class ResumableSampler(Sampler):
     """Batches of (record, draw) for `CaptionDataset`: a function of the seed and the step, so any step can be resumed.
 
     Every epoch is a new permutation; the records of one unit stay neighbours (a batch's border may part them). An
-    epoch's last records that do not fill a batch wait for the next permutation."""
+    epoch's last records that do not fill a batch wait for the next permutation. Of every batch, `places` are yielded:
+    range(rank, batch_size, processes) is the share of one of several processes."""
 
-    def __init__(self, units: list[int], batch_size: int, steps: int, seed: int = 0, first_step: int = 0):
+    def __init__(self, units: list[int], batch_size: int, steps: int, seed=0, first_step=0, places: range = None):
         if len(units) < batch_size:
             raise DataError(f"{len(units)} usable records do not fill a batch of {batch_size}; lower the batch size")
         self.units, self.batch_size, self.seed = np.asarray(units), batch_size, seed
-        self.first_step, self.steps = first_step, steps
+        self.first_step, self.steps, self.places = first_step, steps, places or range(batch_size)
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -463,24 +475,26 @@ class ResumableSampler(Sampler):
                 random, loaded = np.random.default_rng([self.seed, number]), number
                 rank = random.permutation(self.units.max() + 1)[self.units]
                 order, draws = np.argsort(rank, kind="stable"), random.integers(2**31, size=len(rank))
-            part = slice(place * self.batch_size, (place + 1) * self.batch_size)
+            part = np.array(self.places) + place * self.batch_size
             yield list(zip(order[part].tolist(), draws[part].tolist()))
 
 
 def collate(
-    samples: list[Sample | str], layout: Layout, micro_batch: int, caption_share: float = 1.0, multiple: int = 1
-) -> Batch:
+    samples: list[Sample | str], layout: Layout, micro_batch: int, caption_share: float = 1.0, multiple: int = 1,
+    places: range | None = None
+) -> Batch:  # fmt: skip
     """Lay samples out as sequences, sort them by length, pad them on the right, `micro_batch` at a time, to the next
     `multiple` of tokens (GPUs, and what is compiled, like few and round lengths).
 
-    `caption_share` is the share of the images with both kinds of captions whose long one is trained on, the first ones;
-    an image that has only a long caption always trains it."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    supervised = math.ceil(caption_share * sum(sample.short is not None and sample.long is not None for sample in good))
+    Long captions are trained on in the first `caption_share` of the batch's places; an image that has only a long one
+    always trains it. `places` are the samples' in the global batch, range(rank, batch_size, processes)."""
+    places = places or range(len(samples))
+    supervised = math.ceil(caption_share * places.stop)
     images, texts, num_tokens = [], [], 0
-    for sample in good:
-        caption = sample.long if sample.short is None or supervised > 0 else None
-        supervised -= sample.short is not None and caption is not None
+    for place, sample in zip(places, samples):
+        if isinstance(sample, str):  # why it could not be read
+            continue
+        caption = sample.long if sample.short is None or place < supervised else None
         pair = len(texts) if sample.short is not None else -1
         if pair >= 0:
             texts.append((layout.text_side(sample.short), pair, None))

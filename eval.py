@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
@@ -238,10 +239,14 @@ class Embeddings:
         if not items:
             raise DataError(f"there are no {name} to embed")
         new = list({key: item for key, item in zip(keys, items) if key not in self.known}.items())
+
+        def read_and_encode(some: list) -> torch.Tensor:
+            with ThreadPoolExecutor() as threads:
+                return encode(self.run, list(threads.map(load, some)))
+
         for start in tqdm(range(0, len(new), size), desc=f"embedding {len(new)} {name}", delay=2, leave=False):
             part = dict(new[start : start + size])
-            with ThreadPoolExecutor() as threads:
-                vectors = encode(self.run, list(threads.map(load, part.values())))
+            vectors = self.share([*part.values()], read_and_encode)
             if not vectors.isfinite().all():
                 raise DataError(f"embeddings of {name} are not finite; the model has diverged, or overflows in fp16")
             self.known.update(zip(part, vectors))
@@ -250,6 +255,17 @@ class Embeddings:
                 path = self.folder / f"{next(iter(part)).hex()}.safetensors"
                 write_atomically(path, partial(save_file, {"keys": digests, "vectors": vectors}))
         return torch.stack([self.known[key] for key in keys])
+
+    def share(self, items: list, encode: Callable) -> torch.Tensor:
+        """encode(items), of which each process does a part; all get all. Every part is of one length, the last ones
+        begin again: sharded layers meet in each forward pass."""
+        if not dist.is_initialized():
+            return encode(items)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        rounds = math.ceil(len(items) / world)
+        mine = encode([items[i % len(items)] for i in range(rank, rounds * world, world)]).to(self.run.model.device)
+        dist.all_gather(parts := [torch.empty_like(mine) for _ in range(world)], mine)
+        return torch.stack(parts, dim=1).flatten(0, 1)[: len(items)].cpu()
 
 
 def fingerprint(run: Run) -> str:

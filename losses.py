@@ -79,6 +79,11 @@ class TiledInfoNCE(torch.autograd.Function):
         return image_gradient, text_gradient, torch.linalg.vecdot(image_gradient, images).sum() / scale, None
 
 
+def process() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gather_with_gradient(rows):
     """The rows (b, D) of all processes, in order of rank, (B, D); ranks may bring different numbers of them.
 

@@ -46,6 +46,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """A toy world of 48 training scenes and 12 test scenes, in the real formats."""
+    from toy import world
+
+    return world.build(tmp_path_factory.mktemp("world") / "data", train_scenes=48, test_scenes=12)
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path):
     """A factory of tiny LLaVA checkpoints written by transformers: `folder, reference = make_checkpoint("siglip")`.

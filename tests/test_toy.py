@@ -195,7 +195,7 @@ def test_same_seed_same_files_and_no_second_build(folder, tmp_path):
 
 def test_a_folder_with_something_else_is_kept(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(FileExistsError, match="something else"):
         world.build(tmp_path, train_scenes=8, test_scenes=5)
     assert (tmp_path / "thesis.txt").exists()
 

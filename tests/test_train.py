@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from data import CaptionDataset, DataError, ResumableSampler, collate
 from eval import TOY_MODEL, encode_image, encode_text, load_base, load_run, open_image
 from lora import trainable_parameters
-from toy import world
 from train import (
     TrainConfig,
     add_adapters,
@@ -25,12 +24,6 @@ from train import (
     print_memory,
     training_step,
 )
-
-
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
-    """A toy world of 48 training scenes and 12 test scenes, in the real formats."""
-    return world.build(tmp_path_factory.mktemp("world") / "data", train_scenes=48, test_scenes=12)
 
 
 def prepared(config, folder, batch_size=12):
@@ -196,13 +189,10 @@ def saved_bytes(function, model):
     ids=str,
 )
 def test_memory_estimate_is_what_is_kept(small_world, change):
-    """The estimate of the activations against the tensors that autograd keeps, of the same records, within 3 %."""
+    """The estimate of the activations against the tensors that autograd keeps, of the same batch, within 3 %."""
     config = TrainConfig(**{"micro_batch": 12, "batch_size": 12, "caption_share": 0.5} | change)
-    run, _, _ = prepared(config, small_world)
-    dataset = CaptionDataset(small_world / "train.jsonl", run.layout, run.processor)
-    samples = [dataset[index, 0] for index in range(12)]
-    batch = collate(samples, run.layout, config.micro_batch, config.caption_share)
-    estimate = memory_estimate(config, run.model.config, dataset, torch.device("cpu"), torch.float32)["activations"]
+    run, _, batch = prepared(config, small_world)
+    estimate = memory_estimate(config, run.model, batch)["activations"]
     run.model.train()
     held = [[chunk] for chunk in batch.images] if config.gradient_cache else [batch.images + batch.texts]
     forward = lambda part: [run.model(chunk.input_ids, chunk.pixel_values) for chunk in part]  # noqa: E731

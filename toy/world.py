@@ -515,8 +515,8 @@ def build(folder: str | Path = "toy/data", seed: int = 0, train_scenes: int = 81
     {val,test}/winoground/                 examples.jsonl and images/
     {val,test}/tests.json                  lists all of these for eval.py
 
-    Everything is written into a folder beside it, which is renamed when it is complete. Raises ValueError if `folder`
-    holds anything that is not a toy world, rather than delete it.
+    Everything is written into a folder beside it, which is renamed when it is complete. Raises FileExistsError if
+    `folder` holds anything that is not a toy world, rather than delete it.
     """
     folder = Path(folder)
     description = {"version": VERSION, "seed": seed, "train_scenes": train_scenes, "test_scenes": test_scenes}
@@ -524,7 +524,7 @@ def build(folder: str | Path = "toy/data", seed: int = 0, train_scenes: int = 81
     if label.exists() and json.loads(label.read_text())["description"] == description:
         return folder
     if folder.exists() and any(folder.iterdir()) and not label.exists():
-        raise ValueError(f"{folder} holds something else than a toy world: name another folder or empty it")
+        raise FileExistsError(f"{folder} holds something else than a toy world: name another folder or empty it")
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -573,5 +573,5 @@ if __name__ == "__main__":
     else:
         try:
             build(arguments.out, arguments.seed)
-        except ValueError as error:
+        except FileExistsError as error:
             parser.error(str(error))
