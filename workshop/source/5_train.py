@@ -123,8 +123,8 @@ checks.exercise_5_1(step, make)
 
 # %%
 loop = inspect.getsource(train).splitlines()
-first = next(i for i, line in enumerate(loop) if "factor = learning_rate_factor" in line)
-print(*loop[first : first + 11], sep="\n")
+first, last = (next(i for i, line in enumerate(loop) if words in line) for words in ("factor =", "log_scale.clamp_"))
+print(*loop[first : last + 1], sep="\n")
 
 # %% [markdown]
 # ## An ablation
