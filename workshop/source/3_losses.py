@@ -54,8 +54,8 @@ print("long:", *record["long"], sep="\n  ")
 # for it is cross-entropy. The same for the columns:
 #
 # $$ s_{ij} = \frac{1}{\tau} \cos(f_v^i, f_t^j), \qquad
-# L = -\frac{1}{2B} \sum_i \left( \log \frac{e^{s_{ii}}}{\sum_j e^{s_{ij}}}
-# + \log \frac{e^{s_{ii}}}{\sum_j e^{s_{ji}}} \right) $$
+# L = -\frac{1}{2B} \sum_i \left( \log \frac{e^{s_{ii}}}{\sum_j e^{s_{ij}}} +
+# \log \frac{e^{s_{ii}}}{\sum_j e^{s_{ji}}} \right) $$
 
 # %%
 samples = [dataset[index, 0] for index in range(12)]
