@@ -16,7 +16,7 @@ from eval import TOY_MODEL, Run, load_base, load_run
 from lora import SoftPrompt, adapters_disabled, merge_lora
 from model import Llava
 from toy import world
-from train import TrainConfig, add_adapters, save_checkpoint
+from train import TrainConfig, add_adapters, make_optimizer, save_checkpoint
 from workshop import figures
 from workshop.figures import BEFORE
 
@@ -43,11 +43,12 @@ def trained(tmp_path_factory):
             if "lora_B" in name or name.endswith(("embed_tokens.image", "embed_tokens.text")):
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     (folder / "checkpoints").mkdir(parents=True)
-    save_checkpoint(folder, 1, run.model, config)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     step = {"step": 0, "contrastive": 2.0, "chance": 2.08, "autoregressive": 1.0, "temperature": 0.07}
     lines = [json.dumps(step | {"step": number, "contrastive": 2.0 / (1 + number)}) for number in range(3)]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    log_scale = torch.nn.Parameter(torch.zeros(()))
+    save_checkpoint(folder, 1, run, log_scale, make_optimizer(run.model, log_scale, config), config)
     return folder
 
 

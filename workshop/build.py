@@ -1,0 +1,84 @@
+"""Makes the notebooks: one source each, `source/*.py`, gives the notebook with blanks and the one with solutions.
+
+    python workshop/build.py            writes workshop/*.ipynb and workshop/solutions/*.ipynb
+    python workshop/build.py --check    writes nothing, fails where a notebook is not what its source gives
+
+A source is plain Python in cells ("percent format"). What follows `# %%` says what a cell is:
+
+    # %% [markdown]      text, as comments
+    # %%                 code, in both notebooks
+    # %% setup           the same, and the exercises need it (a test runs these cells, then an exercise)
+    # %% exercise 1.1    code with a blank, in the participants' notebook
+    # %% solution 1.1    what stands in its place in solutions/
+    # %% check 1.1       the call of the checker, in both
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+class Cell(NamedTuple):
+    kind: str  # "[markdown]", "", "setup", "exercise", "solution", "check"
+    name: str  # "1.1"
+    text: str
+
+
+def read_cells(path: Path) -> list[Cell]:
+    cells = []
+    for part in re.split(r"^# %%", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        head, _, body = part.partition("\n")
+        kind, _, name = head.strip().partition(" ")
+        if kind == "[markdown]":
+            body = re.sub(r"^# ?", "", body, flags=re.MULTILINE)
+        cells.append(Cell(kind, name, body.strip("\n")))
+    return cells
+
+
+def notebook(cells: list[Cell], solved: bool) -> str:
+    """The text of an .ipynb file, without outputs."""
+    left_out, content = "exercise" if solved else "solution", []
+    for cell in cells:
+        if cell.kind == left_out:
+            continue
+        code = cell.kind != "[markdown]"
+        entry = {"cell_type": "code" if code else "markdown"} | ({"execution_count": None} if code else {})
+        entry |= {"id": f"cell-{len(content):02}", "metadata": {}} | ({"outputs": []} if code else {})
+        content.append(entry | {"source": cell.text.splitlines(keepends=True)})
+    book = {"cells": content, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+
+
+def notebooks() -> dict[Path, str]:
+    """Every notebook's path and text."""
+    result = {}
+    for source in sorted((HERE / "source").glob("*.py")):
+        cells = read_cells(source)
+        result[HERE / f"{source.stem}.ipynb"] = notebook(cells, solved=False)
+        result[HERE / "solutions" / f"{source.stem}.ipynb"] = notebook(cells, solved=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a notebook is out of date")
+    check = parser.parse_args().check
+    for path, text in notebooks().items():
+        if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
+            sys.exit(f"{path.relative_to(HERE)} is not what its source gives: run python workshop/build.py")
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

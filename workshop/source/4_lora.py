@@ -1,0 +1,378 @@
+# %% [markdown]
+# # 4. LoRA and soft prompts
+#
+# Seven billion parameters are too many to train on a small budget, and training them would break what they know.
+# VladVA freezes them all and adds two small things: **LoRA** on the linear layers of the language model, and **soft
+# prompts** in place of the two hand-written questions. You write both, first in ten lines, then as the code computes
+# them.
+#
+# You need: matrix products, `nn.Linear`, what a gradient is. About 35 minutes, five exercises. Nothing later depends
+# on your answers; solutions are in `workshop/solutions/`.
+#
+# Axes: **N** rows (all tokens of a batch), **D** hidden size, **R** rank, **V** vocabulary, **T** tokens.
+
+# %% setup
+import inspect
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = next(folder for folder in [Path.cwd(), *Path.cwd().parents] if (folder / "lora.py").exists())
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora
+from data import CaptionDataset, open_image, read_retrieval
+from eval import encode_image, encode_text, load_run, recall_at_k
+from lora import LoRAConfig, adapters_disabled, add_lora, freeze, merge_lora, trainable_parameters
+from toy import world
+from train import TrainConfig, add_adapters, train
+from workshop import checks, draw
+
+WORLD = world.build(ROOT / "runs" / "workshop" / "world", train_scenes=1024, test_scenes=400)
+run = load_run(ROOT / "toy" / "tiny-llava", device="cpu")
+model, layout, tokenizer = run.model, run.layout, run.tokenizer
+items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images", most=2)
+pictures = [open_image(path) for path, _ in items]
+_ = torch.manual_seed(0)
+# %% [markdown]
+# ## The idea
+#
+# A trained layer computes $y = Wx$. Fine-tuning would change W. LoRA says: the change does not need all of W's
+# freedom. Write it as a product of two thin matrices, and train only those:
+#
+# $$ y = W x + \frac{\alpha}{R} \, B A x $$
+
+# %%
+rows, columns = model.language_model.layers[0].mlp.gate_proj.weight.shape
+draw.blocks(
+    ("W, frozen", rows, columns, draw.GRAY),
+    ("B, starts at 0", rows, 16, draw.ORANGE),
+    ("A, random", 16, columns, draw.BLUE),
+    title=f"gate_proj of the toy model, to scale: W {rows * columns:,} numbers, A and B {16 * (rows + columns):,}",
+)
+
+# %% [markdown]
+# In a layer of LLaVA-1.5-7B (11,008 x 4,096) the same rank is 0.5 % of W, thinner than a line in this figure.
+#
+# The constant $\alpha$ is 16 here, as the rank is, so the scale in front is 1. B starts at zero. So the first forward
+# pass gives exactly the base model: training begins where pre-training ended.
+#
+# ### Exercise 4.1: ten-line LoRA (5 minutes)
+
+
+# %% exercise 4.1
+class TenLineLoRA(nn.Module):
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base = base.requires_grad_(False)  # W (out, in), frozen
+        self.scale = alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, base.in_features) / rank**0.5)  # (R, in)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))  # (out, R)
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        y = self.base(x)  # W x
+        return ...  # y + scale * B A x: two F.linear, A first
+
+
+# %% solution 4.1
+class TenLineLoRA(nn.Module):
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base = base.requires_grad_(False)  # W (out, in), frozen
+        self.scale = alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, base.in_features) / rank**0.5)  # (R, in)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))  # (out, R)
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        y = self.base(x)  # W x
+        return y + self.scale * F.linear(F.linear(x, self.A), self.B)
+
+
+# %% check 4.1
+checks.exercise_4_1(TenLineLoRA)
+
+# %% [markdown]
+# The reference in `lora.py` is one line, with dropout in front of A:
+
+# %%
+print(inspect.getsource(lora.lora_linear))
+
+# %% [markdown]
+# ### Exercise 4.2: how many parameters? (4 minutes)
+#
+# A is (R, in) and B is (out, R). Count them for a list of layers.
+
+
+# %% exercise 4.2
+def lora_parameters(shapes, rank):
+    """shapes: a list of (out, in), one for each layer with LoRA -> the number of new parameters."""
+    return sum(... for out, inside in shapes)
+
+
+# %% solution 4.2
+def lora_parameters(shapes, rank):
+    """shapes: a list of (out, in), one for each layer with LoRA -> the number of new parameters."""
+    return sum(rank * (out + inside) for out, inside in shapes)
+
+
+# %% check 4.2
+checks.exercise_4_2(lora_parameters)
+
+# %% [markdown]
+# For LLaVA-1.5-7B: 32 blocks, each with four layers of 4,096 x 4,096 (q, k, v, o) and three between 4,096 and 11,008
+# (gate, up, down).
+
+# %%
+per_block = 4 * 16 * (4096 + 4096) + 3 * 16 * (4096 + 11008)
+print(f"rank 16: {32 * per_block:,} new parameters, {100 * 32 * per_block / 7.05e9:.2f} % of the model")
+
+# %% [markdown]
+# ## Into the real model
+#
+# `add_lora` swaps the linear layers for `LoRALinear` in place; the weights are shared, not copied. Three facts to
+# check with your own eyes:
+
+# %%
+model = load_run(ROOT / "toy" / "tiny-llava", device="cpu").model  # fresh, so that the cell can be run again
+freeze(model)
+add_lora(model, LoRAConfig(rank=16, alpha=16))
+trained = trainable_parameters(model)
+print(f"{len(trained)} tensors to train, {sum(p.numel() for p in trained.values()):,} numbers")
+ids, pixels = torch.tensor([layout.image_side()] * 2), run.pixel_values(pictures[:2])
+with torch.no_grad():
+    fresh = model(ids, pixels)  # (B, T, D)
+    for parameter in trained.values():
+        parameter += 0.02 * torch.randn_like(parameter)  # as if it had been trained
+    changed = model(ids, pixels)
+    with adapters_disabled(model):
+        disabled = model(ids, pixels)
+print("hidden (B, T, D):", tuple(changed.shape))
+print(f"largest change by the adapters: {(changed - fresh).abs().max():.3f}")
+print("1. fresh adapters change nothing, and 2. disabled ones neither, to the last bit:", torch.equal(fresh, disabled))
+
+# %% [markdown]
+# ### Exercise 4.3: fold it into the weight (3 minutes)
+#
+# After training, nothing forces us to carry A and B along. Since $Wx + s\,BAx = (W + s\,BA)\,x$, they fit into W.
+
+
+# %% exercise 4.3
+def merged_weight(W, A, B, scale):
+    """W (out, in), A (R, in), B (out, R) -> (out, in)."""
+    return ...
+
+
+# %% solution 4.3
+def merged_weight(W, A, B, scale):
+    """W (out, in), A (R, in), B (out, R) -> (out, in)."""
+    return W + scale * B @ A
+
+
+# %% check 4.3
+checks.exercise_4_3(merged_weight)
+
+# %%
+with torch.no_grad():
+    merge_lora(model)
+    merged = model(ids, pixels)
+print(f"3. merged: {len(lora.adapters(model))} adapters left, largest difference {(merged - changed).abs().max():.1e}")
+
+# %% [markdown]
+# ## The fused one
+#
+# Autograd would do the backward pass for us. Yet by hand it needs less memory: we know which tensors are needed, and
+# which can be made again. With $dy$ the gradient that arrives, $s$ the scale, and rows instead of columns as in the
+# code ($y = x W^\top + s\,(x A^\top) B^\top$):
+#
+# $$ d_{down} = s \, dy \, B, \qquad dA = d_{down}^\top x, \qquad dB = s \, dy^\top (x A^\top), \qquad
+# dx = dy \, W + d_{down} A $$
+#
+# There is no $dW$: W is frozen. That is already half of the saving in work.
+#
+# ### Exercise 4.4: the backward pass (7 minutes)
+
+
+# %% exercise 4.4
+def lora_backward(x, W, A, B, scale, dy):
+    """x (N, in), W (out, in), A (R, in), B (out, R), dy (N, out) -> dx (N, in), dA (R, in), dB (out, R)."""
+    down = x @ A.T  # (N, R)
+    d_down = scale * dy @ B  # (N, R)
+    dA = ...
+    dB = ...
+    dx = ...
+    return dx, dA, dB
+
+
+# %% solution 4.4
+def lora_backward(x, W, A, B, scale, dy):
+    """x (N, in), W (out, in), A (R, in), B (out, R), dy (N, out) -> dx (N, in), dA (R, in), dB (out, R)."""
+    down = x @ A.T  # (N, R)
+    d_down = scale * dy @ B  # (N, R)
+    dA = d_down.T @ x
+    dB = scale * dy.T @ down
+    dx = dy @ W + d_down @ A
+    return dx, dA, dB
+
+
+# %% check 4.4
+checks.exercise_4_4(lora_backward)
+
+# %% [markdown]
+# The real one does this for several layers with the same input at once (q, k and v read the same x; so do gate and
+# up), so that `down` is one product. And it does not keep x: the norm in front can make it again from what is kept
+# anyway (its *recipe*). Compare the lines with yours:
+
+# %%
+print(inspect.getsource(lora.LeanLoRA.backward))
+
+# %% [markdown]
+# What does it save? You need not read the next cell, only its result. Autograd tells what it keeps for the backward
+# pass. We count the bytes of one forward pass of 16 pictures, with the reference and with the lean form.
+
+
+# %%
+def kept_megabytes():
+    """MB that autograd keeps of a forward pass; each piece of memory counts once, parameters do not."""
+    seen = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(saved):
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), saved)  # held, so that no address is used twice
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        model(torch.tensor([layout.image_side()] * 16), run.pixel_values(pictures[:16]))
+    return sum(size for size, _ in seen.values()) / 1e6
+
+
+model = load_run(ROOT / "toy" / "tiny-llava", device="cpu").model  # fresh
+freeze(model)
+add_lora(model, LoRAConfig(rank=16, alpha=16))
+lean = kept_megabytes()
+
+
+def plain(self, x, layers):  # LoRALinear.project without the fused form
+    return [lora.lora_linear(x, f.weight, f.bias, f.lora_A.weight, f.lora_B.weight, f.config.scale) for f in layers]
+
+
+with checks.replaced(lora.LoRALinear, "project", plain):
+    reference = kept_megabytes()
+draw.bars(("kept for the backward pass, MB", ["reference", "lean"], [reference, lean]))
+print(f"reference {reference:.1f} MB, lean {lean:.1f} MB")
+
+# %% [markdown]
+# ## Soft prompts
+#
+# *Summarize the provided image in one word:* was found by trying. A soft prompt lets gradient descent look for a
+# better one, not among words, but among **vectors**: the embeddings of the prompt's tokens become parameters. In the
+# code, ids from V on stand for them: id V + i is row i.
+
+# %%
+V = model.config.text.vocab_size
+soft_layout = layout.with_soft_prompts(V)
+hard, soft = layout.image_side()[-10:], soft_layout.image_side()[-10:]
+names = [tokenizer.tokenizer.id_to_token(i).replace("<image>", "img") for i in hard]
+
+
+def color(index):
+    return draw.PURPLE if index >= V else draw.ORANGE if index == layout.image_id else draw.GREEN
+
+
+draw.tokens(
+    ("hand-written: words of the vocabulary", [(n, color(i)) for n, i in zip(names, hard)]),
+    (f"soft: rows behind the vocabulary of {V}", [(str(i) if i >= V else "img", color(i)) for i in soft]),
+)
+
+# %% [markdown]
+# ### Exercise 4.5: look up words and soft rows (4 minutes)
+
+
+# %% exercise 4.5
+def soft_embedding(ids, table, soft):
+    """ids (B, T) in [0, V + P), table (V, D), soft (P, D) -> (B, T, D)."""
+    V = len(table)
+    is_soft = ids >= V  # (B, T)
+    words = table[ids.masked_fill(is_soft, 0)]  # (B, T, D), nonsense where it is soft
+    prompt = soft[...]  # (B, T, D), nonsense where it is a word: which row? .clamp(min=0) keeps it in range
+    return torch.where(is_soft[..., None], prompt, words)
+
+
+# %% solution 4.5
+def soft_embedding(ids, table, soft):
+    """ids (B, T) in [0, V + P), table (V, D), soft (P, D) -> (B, T, D)."""
+    V = len(table)
+    is_soft = ids >= V  # (B, T)
+    words = table[ids.masked_fill(is_soft, 0)]  # (B, T, D), nonsense where it is soft
+    prompt = soft[(ids - V).clamp(min=0)]
+    return torch.where(is_soft[..., None], prompt, words)
+
+
+# %% check 4.5
+checks.exercise_4_5(soft_embedding)
+
+# %%
+print(inspect.getsource(lora.SoftPrompt.forward))
+
+# %% [markdown]
+# Now train only the prompts (`TrainConfig` holds every setting; what is given differs from its defaults): 18 vectors,
+# 2,304 numbers, a tenth of a percent of the model. Half a minute at most.
+
+
+# %%
+def t2i(each):
+    texts = encode_text(each, [text for _, captions in items for text in captions])
+    scores = texts @ encode_image(each, pictures).T  # (texts, images)
+    return recall_at_k(scores, torch.arange(len(items)).repeat_interleave(2))["t2i_r1"]
+
+
+config = TrainConfig(steps=40, batch_size=32, warmup=4, ar_weight=0.0, lora_rank=0)  # soft prompts only
+prompted = load_run(ROOT / "toy" / "tiny-llava", device="cpu")
+before = t2i(prompted)
+add_adapters(prompted, config)
+print(f"{sum(p.numel() for p in trainable_parameters(prompted.model).values()):,} parameters")
+out = ROOT / "runs" / "workshop" / "prompts"
+shutil.rmtree(out, ignore_errors=True)  # of a former run of this cell
+out.mkdir(parents=True)
+train(prompted, config, CaptionDataset(WORLD / "train.jsonl", prompted.layout, prompted.processor), out)
+print(f"text to image R@1: {before:.1f} -> {t2i(prompted):.1f} %")
+
+# %% [markdown]
+# A step in the right direction at most: with 800 captions, one point up or down is noise. The full run of the toy
+# (150 steps of 128) gains 6 points by soft prompts alone, and 10 with LoRA (`toy/ablation.md`, three seeds).
+#
+# What did the prompts become? For each token: the nearest word of the vocabulary now (by cosine), how far it moved,
+# in lengths of the vector it was, and the cosine with that vector.
+
+# %%
+prompt = prompted.model.language_model.embed_tokens
+table = prompt.weight.detach()  # (V, D)
+start, end = table[layout.image_prompt], prompt.image.detach()  # (P, D)
+moved = (end - start).norm(dim=-1) / start.norm(dim=-1)
+cosine = F.normalize(end, dim=-1) @ F.normalize(table, dim=-1).T  # (P, V)
+nearest, own = cosine.argmax(-1), cosine.gather(1, torch.tensor(layout.image_prompt)[:, None])[:, 0]
+names = [tokenizer.tokenizer.id_to_token(i) for i in layout.image_prompt]
+labels = [f"{name} → {tokenizer.tokenizer.id_to_token(i)}" for name, i in zip(names, nearest.tolist())]
+draw.bars(
+    ("was → nearest word now; how far it moved", labels, moved.tolist()),
+    ("cosine with the word that it was", labels, own.tolist()),
+)
+
+# %% [markdown]
+# They moved by several times their own length, yet most of them are still nearest to the word they were: they left
+# along directions that no word uses. The paper saw something alike in LLaVA: soft prompts hardly change their
+# meaning.
+#
+# ## What to take home
+#
+# * LoRA: $W$ frozen, $BA$ trained, $B$ starts at zero. Folded into W it costs nothing.
+# * Knowing the backward pass lets you keep less, with the same gradients.
+# * A soft prompt is a question written in vectors. A few thousand numbers already help.
+#
+# If there is time: `add_lora(model, LoRAConfig(rank=16, targets=("q_proj", "v_proj")))` on a fresh model is what the
+# first LoRA paper did. How many parameters is that?
