@@ -214,7 +214,7 @@ class Embeddings:
         keys = [self.digest(path) for path in tqdm(paths, desc="looking at pictures", delay=2, leave=False)]
         if self.folder and self.files != before:
             data.write_whole(self.index, json.dumps(self.files))
-        load = lambda path: self.run.processor(open_image(path))  # noqa: E731  (small at once)
+        load = lambda path: self.run.processor(open_image(path))  # noqa: E731
         return self.look_up(keys, paths, 64, "pictures", load, encode_image)
 
     def texts(self, captions: list[str]) -> torch.Tensor:
@@ -300,8 +300,7 @@ def recall_at_k(scores: torch.Tensor, image_of_text: torch.Tensor, ks=(1, 5, 10)
     return {f"{way}_r{k}": percent(rank < k) for way, rank in ranks.items() for k in ks}
 
 
-def percent(correct: torch.Tensor) -> float:
-    """The share of True in a boolean tensor."""
+def percent(correct: torch.Tensor) -> float:  # of True in a boolean tensor
     return 100 * correct.double().mean().item()
 
 
@@ -419,39 +418,46 @@ def captioning(
     retrieval's formats (.json), whose captions are short."""
     layout = run.layout if question is None and run.is_adapted else run.layout.with_image_prompt(question or DESCRIBE)
     prompt, right, total, generated, references = layout.image_side(), 0, 0, [], []
-    room = room_for_answer(run, prompt, 128)
-    if path.suffix == ".json":
+    room, is_short = room_for_answer(run, prompt, 128), path.suffix == ".json"
+    if is_short:
         items = [item for item in data.read_retrieval(path, images) if item[1]]
     else:
         items = data.CaptionDataset(path, layout, run.processor, images)
     count = min(limit, len(items))
     for start in tqdm(range(0, count, 64), desc="captioning", delay=2, leave=False):
-        part = [items[i] if path.suffix == ".json" else items[i, 0] for i in range(start, min(start + 64, count))]
-        if path.suffix == ".json":
-            pixels, captions = [run.processor(open_image(image)) for image, _ in part], [texts for _, texts in part]
+        some = range(start, min(start + 64, count))
+        if is_short:
+            pixels, captions = zip(*((run.processor(open_image(items[i][0])), items[i][1]) for i in some))
         else:
-            batch = data.collate(part, layout, micro_batch=32)
+            samples = [items[i, 0] for i in some]
+            batch = data.collate(samples, layout, micro_batch=32)
             if batch.skipped:
                 raise DataError(f"{path}: {batch.skipped[0]}")
-            for chunk in (chunk.to(run.model.device) for chunk in batch.images):
-                known = chunk.labels != data.IGNORE
-                predicted = run.model.logits(run.model(chunk.input_ids, chunk.pixel_values)[known]).argmax(-1)
-                right += (predicted == chunk.labels[known]).sum().item()
-            total += batch.num_tokens
-            part = [sample for sample in part if sample.long]
-            pixels, captions = [each.pixel_values for each in part], [[run.tokenizer.decode(s.long)] for s in part]
+            right, total = right + tokens_right(run, batch), total + batch.num_tokens
+            pixels = [sample.pixel_values for sample in samples if sample.long]
+            captions = [[run.tokenizer.decode(sample.long)] for sample in samples if sample.long]
         if score and pixels:
             answers = run.model.generate([prompt] * len(pixels), run.pixel_values(pixels), room)
             generated += [run.tokenizer.decode(answer) for answer in answers]
             references += captions
-    if not total and path.suffix != ".json":
+    if not (is_short or total):
         raise DataError(f"{path}: no long captions")
-    result = {} if path.suffix == ".json" else {"token_accuracy": 100 * right / total}
+    result = {} if is_short else {"token_accuracy": 100 * right / total}
     return result | (score(generated, references) if score else {})
 
 
-# ---- A set of tests, and how its results are shown
+def tokens_right(run: Run, batch: data.Batch) -> int:
+    """How many tokens of a batch's long captions are the likeliest, given the image and all tokens before."""
+    right = 0
+    for chunk in batch.images:
+        chunk = chunk.to(run.model.device)
+        known = chunk.labels != data.IGNORE
+        logits = run.model.logits(run.model(chunk.input_ids, chunk.pixel_values)[known])
+        right += (logits.argmax(-1) == chunk.labels[known]).sum().item()
+    return right
 
+
+# ---- A set of tests, and how its results are shown
 TESTS = {"retrieval": retrieval, "sugarcrepe": sugarcrepe, "sugarcrepe++": sugarcrepe_pp, "winoground": winoground}
 TESTS["imagenet"] = imagenet
 SUGARCREPE = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")

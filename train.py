@@ -574,9 +574,8 @@ def main(arguments: list[str] | None = None) -> None:
         text = f"{f.metadata['help']} [{f.default!r}]".replace("%", "%%")
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
         parser.add_argument(f"--{f.name}", default=SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(arguments))
     try:
-        job(settings(given))
+        job(settings(vars(parser.parse_args(arguments))))
     except (*eval.USER_ERRORS, SafetensorError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

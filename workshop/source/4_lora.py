@@ -96,7 +96,8 @@ class TenLineLoRA(nn.Module):
 checks.exercise_4_1(TenLineLoRA)
 
 # %% [markdown]
-# The reference in `lora.py` is one line, with dropout in front of A:
+# The reference in `lora.py` is one line, with dropout in front of A. `frozen_linear` is `F.linear`, unless the weights
+# are held in int8; then `absmax` says how large each row's steps are.
 
 # %%
 print(inspect.getsource(lora.lora_linear))
@@ -258,7 +259,8 @@ lean = kept_megabytes()
 
 
 def plain(self, x, layers):  # LoRALinear.project without the fused form
-    return [lora.lora_linear(x, f.weight, f.bias, f.lora_A.weight, f.lora_B.weight, f.config.scale) for f in layers]
+    tensors = [(each.weight, each.absmax, each.bias, each.lora_A.weight, each.lora_B.weight) for each in layers]
+    return [lora.lora_linear(x, *each, self.config.scale) for each in tensors]
 
 
 with checks.replaced(lora.LoRALinear, "project", plain):
