@@ -7,8 +7,7 @@
     python eval.py match photo.jpg "a red car" "a blue car"   which caption fits best
     python eval.py embed photos.npy photos                    embeddings of pictures or lines of text, in a file
     python eval.py retrieval dataset_flickr30k.json --images flickr30k-images
-    python eval.py sugarcrepe sugar-crepe/data --images val2017
-    python eval.py sugarcrepe++ scpp/data --images val2017
+    python eval.py sugarcrepe sugar-crepe/data --images val2017               (sugarcrepe++ likewise)
     python eval.py winoground examples.jsonl --images winoground/images
     python eval.py imagenet val --classes names.txt
     python eval.py captioning captions.jsonl
@@ -121,7 +120,7 @@ def load_base(folder: str | Path, device=None, *prompts: str, int8=False, dtype=
     folder, config, layout, processor = inspect_base(folder, *prompts)
     where, best = pick_device(device)
     model = Llava.from_pretrained(folder, None if mapped else dtype or best, "cpu" if int8 or mapped else where)
-    model.config.eos_token_ids, base = config.eos_token_ids, base_hash(model)
+    model.config.eos_token_ids, base = config.eos_token_ids, base_hash(Llava.from_pretrained(folder, None))
     if int8:  # before it moves: the GPU need not hold the whole weights
         quantize(model)
     return Run(model if mapped else model.to(where), layout, processor, base)
@@ -129,7 +128,7 @@ def load_base(folder: str | Path, device=None, *prompts: str, int8=False, dtype=
 
 def base_hash(model: Llava) -> str:
     """SHA-256 of the names and shapes of a model's tensors, and of the first row of each in bf16: the same in whatever
-    layout, shards and precision its files are."""
+    layout and shards its files are, in fp32 and in bf16. Of a model as its file is: fp16 would round it otherwise."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         if name != "lm_head.weight":  # where it is tied, it has no name of its own

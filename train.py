@@ -106,7 +106,7 @@ class TrainConfig:
         dropped = self.lora_dropout and self.checkpoint_layers  # the same masks would have to be drawn again
         whole = (self.warmup, self.checkpoint_layers, self.save_every, self.keep, self.seed)
         rules = {
-            f"steps and micro_batch must be at least 1, batch_size {world}": enough,
+            f"steps and micro_batch must be at least 1, batch_size {world} (processes)": enough,
             "caption_share must lie in [0, 1]": 0 <= self.caption_share <= 1,
             "lora_dropout must lie in [0, 1)": 0 <= self.lora_dropout < 1,
             "contrast must be short or long": self.contrast in ("short", "long"),
@@ -176,7 +176,9 @@ def training_step(model: nn.Module, batch: data.Batch, log_scale: torch.Tensor, 
     (num_pairs, num_tokens), (most_images, most_texts) = map(sum, columns[:2]), map(max, columns[2:])
     contrastive_weight = config.contrastive_weight if num_pairs else 0.0
     if not (contrastive_weight or (num_tokens and config.ar_weight)):
-        raise DataError(f"no caption in a batch for a loss that is switched on: use larger ones {batch.skipped[:1]}")
+        raise DataError(
+            f"no caption in a batch for a loss that is switched on: use larger ones, see to --image_root {batch.skipped[:1]}"
+        )
     images = batch.images + [stand_in(model.config, True) for _ in range(most_images - len(batch.images))]
     texts = batch.texts + [stand_in(model.config, False) for _ in range(most_texts - len(batch.texts))]
     chunks = images + (texts if contrastive_weight else [])
@@ -381,9 +383,7 @@ def compile_layers(model: Llava) -> None:
 def save_checkpoint(out: Path, step: int, run: eval.Run, log_scale, optimizer, config: TrainConfig) -> None:
     """checkpoints/step-N with the adapters and all that it takes to go on exactly: first under a temporary name, then
     on the disk, renamed, and named by `latest`; only then are older ones deleted. Raises DataError on a full disk."""
-    model, states = run.model, {"rng": torch.get_rng_state()}
-    states |= {"rng_cuda": torch.cuda.get_rng_state(model.device)} if model.device.type == "cuda" else {}
-    tensors = {name: torch.tensor(everyone(state.tolist())).byte() for name, state in states.items()}
+    model, tensors = run.model, {"rng": torch.tensor(everyone(torch.get_rng_state().tolist())).byte()}  # seeds GPUs'
     if process()[0] > 0:
         return
     tensors["log_scale"] = log_scale.detach()
@@ -402,9 +402,9 @@ def save_checkpoint(out: Path, step: int, run: eval.Run, log_scale, optimizer, c
         data.sync(path)
     os.replace(temporary, folder)
     data.write_whole(folder.parent / "latest", folder.name + "\n")
-    saved = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name[5:]))
-    for path in saved[: -config.keep] if config.keep else []:
-        shutil.rmtree(path)
+    saved = [int(path.name[5:]) for path in folder.parent.glob("step-*") if path.name[5:].isdecimal()]
+    for old in sorted(saved, key=lambda n: (n <= step, n))[: -config.keep] if config.keep else []:
+        shutil.rmtree(folder.with_name(f"step-{old}"))  # first those behind this step: `latest` never named them
 
 
 def newest(out: Path) -> Path | None:
@@ -427,11 +427,10 @@ def load_training_state(folder: Path, model: Llava, log_scale, optimizer) -> tup
                     raise ValueError(f"{name} has another shape")
                 optimizer.state[p] = {k: value if k == "step" else value.to(p.device) for k, value in state.items()}
         log_scale.data.fill_(tensors["log_scale"].item())
-        for name, restore in (("rng", torch.set_rng_state), ("rng_cuda", torch.cuda.set_rng_state)):
-            if len(states := tensors.get(name, ())) == process()[1]:  # another number of processes draws anew
-                restore(states[process()[0]].clone())  # for a view would be read from its storage's start
-        lines = (folder.parents[1] / "log.jsonl").read_text().splitlines()[:step]
-        return step, [{"skipped": [], "seconds": 0.0} | json.loads(line) for line in lines]
+        if len(states := tensors["rng"]) == process()[1]:  # another number of processes draws anew
+            torch.set_rng_state(states[process()[0]].clone())  # for a view would be read from its storage's start
+        past = map(json.loads, (folder.parents[1] / "log.jsonl").read_text().splitlines()[:step])
+        return step, [line | {"skipped": [*line["skipped"]], "seconds": float(line["seconds"])} for line in past]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{folder}: cannot go on from it ({type(error).__name__}: {error})") from None
 
@@ -449,12 +448,15 @@ def add_adapters(run: eval.Run, config: TrainConfig, checkpoint: Path | None = N
         if not checkpoint:
             lora.add_soft_prompts(run.model, *prompts)
         run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
+    if len({type(added) for added in lora.adapters(run.model).values()}) < bool(config.lora_rank) + config.soft_prompts:
+        raise DataError(f"{checkpoint}: LoRA or soft prompts, which this run trains, are missing in it")
 
 
 # ---- The job: table, training, table
 TOY = Path(__file__).parent / "toy" / "data"
 RUN_FILES = ("config.json", "log.jsonl", "results.json", "retrieval.png", "checkpoints", "embeddings")
 MAY_CHANGE = {"out", "resume", "steps", "device", "workers", "save_every", "keep", "shard"}  # when a run goes on
+MAY_CHANGE |= {"micro_batch", "gradient_cache", "checkpoint_layers"}  # exact but for rounding and dropout masks
 
 
 def settings(given: dict) -> TrainConfig:
@@ -462,7 +464,7 @@ def settings(given: dict) -> TrainConfig:
     paths = {name: given.get(name) for name in ("model", "data", "image_root", "tests")}
     given |= {k: str(Path(path).resolve()) for k, path in paths.items() if path and path != TrainConfig.model}
     path, faults = Path(given.get("out", TrainConfig.out)) / "config.json", []
-    saved = data.read_json(path) if given.get("resume") and path.exists() else {}
+    saved = data.read_json(path) if given.get("resume") and (path.exists() or newest(path.parent)) else {}
     kinds = {f.name: (f.type, int) if f.type is float else (f.type,) for f in dataclasses.fields(TrainConfig)}
     for name, value in saved.items():
         if type(value) not in kinds.get(name, ()):
@@ -478,15 +480,15 @@ def check_run_folder(out: Path) -> None:
     """Before anything is computed: may --out be written, without touching what is not a run's?"""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise DataError(f"--out {out}: is not a folder")
-    foreign = sorted(path.name for path in out.glob("*") if re.sub(r"(\.\d+)?\.tmp$", "", path.name) not in RUN_FILES)
+    foreign = sorted(p.name for p in out.glob("[!.]*") if re.sub(r"(\.\d+)?\.tmp$", "", p.name) not in RUN_FILES)
     if foreign or (out / "checkpoints").is_symlink():
-        raise DataError(f"--out {out}: holds {foreign[:3]}, which is not a run of train.py; choose another folder")
+        raise DataError(f"--out {out}: holds {foreign[:3] or 'a link'}, not a run of train.py; choose another folder")
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
 def start_run_folder(out: Path, config: TrainConfig, checkpoint: Path | None) -> None:
     """Remove what was not finished, a former run too unless it goes on, and write config.json."""
-    former = [] if checkpoint else [out / name for name in RUN_FILES]  # config.json first: nothing goes on without it
+    former = [] if checkpoint else [out / name for name in ("config.json", "checkpoints/latest", *RUN_FILES)]
     for path in (*former, *out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (out / "checkpoints").mkdir(exist_ok=True)
@@ -519,7 +521,9 @@ def job(config: TrainConfig) -> None:
     print(f"training on {device} ({chosen}) in {str(dtype)[6:]}, {world} process(es)")
     config.check(device)
     check_run_folder(out)
-    checkpoint = newest(out) if config.resume and (out / "config.json").exists() else None
+    checkpoint = newest(out) if config.resume else None
+    if len({*everyone(checkpoint and checkpoint.name)}) > 1:
+        raise DataError(f"--resume: not every process finds the same checkpoint in {out}; it must be a shared folder")
     path, tests, score = config.data, config.tests, None
     if not path:
         from toy import world as toy  # only this job needs it
@@ -546,7 +550,7 @@ def job(config: TrainConfig) -> None:
     print(f"{len(dataset):,} images in {path}")
     print(*(f"  {number} lines left out: {why}\n" for why, number in dataset.faults.items()), sep="", end="")
     results = {"before": before["tables"], "seed": config.seed, "untrained": before}
-    everyone("ready")  # only now may the folder change
+    everyone(len(data.ResumableSampler(dataset.units, config.batch_size, 1)))  # only now may the folder change
     if rank == 0:
         start_run_folder(out, config, checkpoint)
         data.write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")

@@ -211,7 +211,7 @@ def table(run: Run, args) -> None:
     items, sizes = read_test(name, args.file, images, **{key: getattr(args, key) for key in options if key in args})
     published = SIZES[name]
     dataset = published.get(sizes, next(iter(published.values())))
-    known = f"as in {dataset}" if sizes in published else f"NOT as published: {list(published)}"
+    known = f"as many as in {dataset}" if sizes in published else f"NOT as published: {list(published)}"
     print(f"{args.file}: {' + '.join(f'{size:,}' for size in sizes)} items, {known}; the paper's rows: on {dataset}")
     templates = {"templates": args.template} if "template" in args else {}
     rows = show(run, args, lambda: TESTS[name](Embeddings(run, args.cache), items, **templates), paper_rows(dataset))

@@ -121,13 +121,16 @@ def runs_of_one_process(rank, world, ports, data, folder):
     assert stop.value.code == 143 and os.path.exists(f"{folder}/stopped/checkpoints/step-2")
     meet(rank, world, ports[2])
     train.main(["--resume", "--out", f"{folder}/stopped"])
+    meet(rank, world, ports[3])  # machines with disks of their own
+    with pytest.raises(SystemExit, match="not every process finds the same checkpoint"):
+        train.main([*flags, "--resume", "--out", f"{folder}/whole" if rank == 0 else f"{folder}/elsewhere"])
 
 
 def test_two_processes_stop_together_and_go_on_exactly(small_world, tmp_path):
     """A signal to one of them stops both behind the same step; resumed, they end bit for bit where an undisturbed run
     of two ends, though they had sharded layers and processes that read; one process goes on with the same data."""
     data = str(small_world / "train.jsonl")
-    torch.multiprocessing.spawn(runs_of_one_process, (2, free_ports(3), data, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(runs_of_one_process, (2, free_ports(4), data, str(tmp_path)), nprocs=2)
     assert state(tmp_path / "stopped", 4) == state(tmp_path / "whole", 4)
     assert log(tmp_path / "stopped") == log(tmp_path / "whole")
     rng = load_file(tmp_path / "whole/checkpoints/step-4/training_state.safetensors")["rng"]

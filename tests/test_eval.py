@@ -501,3 +501,9 @@ def test_bad_arguments_get_one_clear_line(arguments, message):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+def test_a_base_has_one_hash_in_every_precision():
+    """A run finds its base model also on a GPU whose fastest precision is fp16."""
+    hashes = {load_base(TOY_MODEL, "cpu", dtype=dtype).base for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert len(hashes) == 1

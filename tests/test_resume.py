@@ -134,6 +134,17 @@ def test_keep_prunes_the_oldest(small_world, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-10", "step-12"]
 
 
+def test_keep_never_deletes_what_was_just_saved(small_world, tmp_path):
+    """Killed between a rename and `latest`, step-6 lies behind the newest checkpoint; and someone keeps a copy."""
+    out = tmp_path / "run"
+    run(small_world, out, "--save_every", "3")
+    (out / "checkpoints/latest").write_text("step-3\n")
+    shutil.copytree(out / "checkpoints/step-3", out / "checkpoints/step-3-good")
+    resume(out, "--steps", "5", "--keep", "1")
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["latest", "step-3-good", "step-5"]
+    assert train.newest(out).name == "step-5"
+
+
 def test_a_loss_that_is_not_finite_names_step_records_and_checkpoint(small_world, tmp_path, monkeypatch):
     out, whole = tmp_path / "run", train.training_step
     broken = lambda *args: whole(*args) | {"loss": float("nan")} if train.newest(out) else whole(*args)  # noqa: E731
@@ -177,7 +188,12 @@ def test_resume_without_a_run_starts_one(small_world, tmp_path, undisturbed):
     shutil.rmtree(out / "checkpoints")
     run(small_world, out, "--resume")
     assert state(out) == state(undisturbed)
-    (out / "config.json").unlink()  # killed while the folder was made
+    (out / "config.json").unlink()
+    before = state(out)
+    with pytest.raises(SystemExit, match="config.json: no such file"):  # it has a checkpoint: not to be replaced
+        run(small_world, out, "--resume")
+    assert state(out) == before
+    (out / "checkpoints/latest").unlink()  # killed while the folder was made
     run(small_world, out, "--resume")
     assert state(out) == state(undisturbed) and log(out) == log(undisturbed)
 
@@ -194,8 +210,11 @@ def test_resume_without_a_run_starts_one(small_world, tmp_path, undisturbed):
         ("checkpoints/step-6/training_state.safetensors", b"\x80\x02}q\x00."),
         ("checkpoints/step-6/training_state.safetensors", None),
         ("checkpoints/step-6/adapter_model.safetensors", b""),
+        ("checkpoints/step-6/adapter_config.json", None),
+        ("checkpoints/step-6/soft_prompts.safetensors", None),
         ("log.jsonl", b"{\n" * 6),
         ("log.jsonl", b"[1]\n" * 6),
+        ("log.jsonl", b'{"skipped": 5, "seconds": 0.0}\n' * 6),
         ("results.json", b"[1]"),
     ],
 )

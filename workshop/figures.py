@@ -283,9 +283,12 @@ def tokens(run: Run, items: list[Item], k: int = 10, shown: int = 3) -> dict:
 
 
 def trend(found: Compared, name: str, value: Callable[[dict], float], format: str = ".2f") -> tuple[str, str]:
-    """How a recipe changed a number: ("up", "1.20 -> 1.90 (1.85 to 1.95)"); "down", or "mixed" where seeds disagree."""
+    """How a recipe changed a number: ("up", "1.20 -> 1.90 (1.85 to 1.95)"); "down", or "mixed" where seeds disagree or
+    a change is below one percent."""
     old, new = value(found[BEFORE][0]), [value(each) for each in found[name]]
-    signs = {new_value > old for new_value in new}
+    signs = (
+        {new_value > old for new_value in new} if all(abs(n - old) > 0.01 * abs(old) for n in new) else {True, False}
+    )
     spread = f" ({min(new):{format}} to {max(new):{format}}, {len(new)} seeds)" if len(new) > 1 else ""
     word = "mixed" if len(signs) > 1 else "up" if True in signs else "down"
     return word, f"{old:{format}} -> {sum(new) / len(new):{format}}{spread}"
