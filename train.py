@@ -176,9 +176,7 @@ def training_step(model: nn.Module, batch: data.Batch, log_scale: torch.Tensor, 
     (num_pairs, num_tokens), (most_images, most_texts) = map(sum, columns[:2]), map(max, columns[2:])
     contrastive_weight = config.contrastive_weight if num_pairs else 0.0
     if not (contrastive_weight or (num_tokens and config.ar_weight)):
-        raise DataError(
-            f"no caption in a batch for a loss that is switched on: use larger ones, see to --image_root {batch.skipped[:1]}"
-        )
+        raise DataError(f"a batch has no captions for its losses; larger ones? the --image_root? {batch.skipped[:1]}")
     images = batch.images + [stand_in(model.config, True) for _ in range(most_images - len(batch.images))]
     texts = batch.texts + [stand_in(model.config, False) for _ in range(most_texts - len(batch.texts))]
     chunks = images + (texts if contrastive_weight else [])

@@ -287,7 +287,7 @@ OPTIONS = {
     "--limit": dict(type=positive, default=256, metavar="N", help="records, from the first on (256)"),
     "--both": dict(action="store_true", help="a run's base model too, and the difference"),
     "--json": dict(type=Path, metavar="FILE", help="write the numbers here as well"),
-    "--model": dict(default=TOY_MODEL, metavar="DIR", help="LLaVA folder or run of train.py (toy/tiny-llava)"),
+    "--model": dict(default=TOY_MODEL, metavar="DIR", help="LLaVA folder or run of train.py (the untrained toy)"),
     "--no-adapters": dict(action="store_true", help="use a run's base model, without its adapters"),
     "--device": dict(help="cpu, cuda, cuda:1, mps (the best one here)"),
     "--image_prompt": dict(metavar="TEXT", default=IMAGE_PROMPT, help="what follows an image (the paper's)"),

@@ -178,8 +178,10 @@ The hidden state of the last token, at unit length; the dot product of two is th
 
 ```python
 import torch
+from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+folder, image = ".", Image.open("photo.jpg").convert("RGB")  # this folder, any picture
 model = LlavaForConditionalGeneration.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder, backend="pil")  # as in training; torchvision resizes otherwise
 inputs = processor(images=image, text="{image}", return_tensors="pt")
@@ -188,9 +190,11 @@ with torch.no_grad():
 embedding = torch.nn.functional.normalize(hidden[0, -1], dim=-1)
 ```
 
-Several rows are padded on the left, so that the last token is the last position. A text must not hold the name of a
-special token, such as `<image>`. `model.generate(**inputs)` on the same inputs captions the image. Where the folder has
-a modules.json, `SentenceTransformer(folder).encode([image, "a text"])` gives the same vectors.
+A text goes the same way, with its prompt and without `images`. Several rows are padded on the left, so that the last
+token is the last position. A text must not hold the name of a special token, such as `<image>`.
+`model.generate(**inputs, max_new_tokens=256)` on the same inputs captions the image (transformers' default stops after
+20 tokens). Where the folder has a modules.json, `SentenceTransformer(folder).encode([image, "a text"])` gives the same
+vectors.
 
 ## Recipe
 
