@@ -15,9 +15,7 @@ they are each other's hard negatives. A picture may also be a "part" of a larger
 files become such lines with `python data.py convert`, and `python data.py stats` tells what training makes of them.
 
 Everything read here is data from strangers: captions cannot inject special tokens, paths cannot leave their root, and
-what is broken is refused with a DataError or counted by reason, never skipped in silence.
-
-Axes: B batch, T tokens.
+what is broken is refused with a DataError or counted by reason, never skipped in silence. Axes: B batch, T tokens.
 """
 
 import io
@@ -99,6 +97,7 @@ class TextTokenizer:
             self.tokenizer = Tokenizer.from_file(str(path))
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
+            self.tokenizer.encode("any \0 ☃")  # every text must have ids, those of [UNK] if need be
             self.begin = self.tokenizer.encode("").ids  # [1], LLaMA's <s>; nothing for Qwen
         except KeyboardInterrupt:
             raise
