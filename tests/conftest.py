@@ -54,6 +54,14 @@ def small_world(tmp_path_factory):
     return world.build(tmp_path_factory.mktemp("world") / "data", train_scenes=48, test_scenes=12)
 
 
+@pytest.fixture(scope="session")
+def toy():
+    """The shipped TinyLLaVA on the CPU, for tests that do not change it."""
+    from eval import TOY_MODEL, load_base
+
+    return load_base(TOY_MODEL, "cpu")
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path):
     """A factory of tiny LLaVA checkpoints written by transformers: `folder, reference = make_checkpoint("siglip")`.

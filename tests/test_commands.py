@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from data import DataError, open_image, pictures_in
-from eval import TOY_MODEL, caption, encode_image, encode_text, load_base, load_run
+from eval import TOY_MODEL, caption, encode_image, encode_text, load_run
 from examples import commands
 from examples.commands import COMMANDS, Conversation, main
 from toy import world
@@ -20,11 +20,6 @@ from toy import world
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
     return world.build(tmp_path_factory.mktemp("world") / "data", train_scenes=12, test_scenes=20)
-
-
-@pytest.fixture(scope="module")
-def toy():
-    return load_base(TOY_MODEL, "cpu")
 
 
 @pytest.fixture

@@ -43,11 +43,6 @@ def small_world(tmp_path_factory):
     return world.build(tmp_path_factory.mktemp("world") / "data", train_scenes=12, test_scenes=20)
 
 
-@pytest.fixture(scope="module")
-def toy():
-    return load_base(TOY_MODEL, "cpu")
-
-
 class Given(Embeddings):
     """Embeddings that a test makes up."""
 

@@ -15,14 +15,8 @@ from data import DataError
 from eval import TOY_MODEL, caption, encode_image, encode_text, load_run, open_image
 from examples.export import export, main
 from lora import LoRAConfig, add_lora, add_soft_prompts, freeze, save_adapter, trainable_parameters
-from toy import world
 
 TEXTS = ["A red ring left of a blue star.", "a star", "  There are two objects on a gray background. ", "é 12"]
-
-
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
-    return world.build(tmp_path_factory.mktemp("world") / "data", train_scenes=48, test_scenes=12)
 
 
 @pytest.fixture(scope="module")
