@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +98,8 @@ def test_search(toy, photos, tmp_path, capsys, monkeypatch):
         run_main(capsys, "search", "x", "--images", tmp_path / "empty", "--cache", tmp_path / "kept")
     with pytest.raises(SystemExit, match="--images DIR"):
         run_main(capsys, "search", "x")
+    long = "a red circle is above a blue star " * 9  # longer than the name of a file can be
+    assert "of 23 pictures" in run_main(capsys, "search", long, *options)
 
 
 def test_match(toy, small_world, capsys):
@@ -123,6 +126,8 @@ def test_embed(toy, small_world, tmp_path, capsys):
     run_main(capsys, "embed", tmp_path / "t.npy", "--texts", tmp_path / "lines.txt", *cache)
     lines = torch.from_numpy(np.load(tmp_path / "t.npy", allow_pickle=False))
     torch.testing.assert_close(lines, encode_text(toy, ["a red circle", "", "a blue star"]))
+    (tmp_path / "lines.txt").write_text("one\u2028line\x0conly\n", encoding="utf-8")
+    assert "1 embeddings" in run_main(capsys, "embed", tmp_path / "t.npy", "--texts", tmp_path / "lines.txt", *cache)
     for arguments in (["x.csv", picture], ["x.npy"], ["x.npy", picture, "--texts", tmp_path / "lines.txt"]):
         with pytest.raises(SystemExit, match="OUT ends in .npy or .safetensors"):
             run_main(capsys, "embed", *arguments)
@@ -157,6 +162,36 @@ def test_fill(toy, small_world, tmp_path, capsys, monkeypatch):
     source.write_text("".join(json.dumps(record) + "\n" for record in records[::-1]))
     with pytest.raises(SystemExit, match="does not begin as"):
         run_main(capsys, "caption", *options)
+
+
+def test_fill_without_the_pictures_writes_nothing(small_world, tmp_path, capsys):
+    """A forgotten --images is told before a file is written that looks done."""
+    source = tmp_path / "some.jsonl"
+    source.write_text(json.dumps({"image": "images/none.png", "short": ["a star"]}) + "\n")
+    with pytest.raises(SystemExit, match="give --images DIR"):
+        run_main(capsys, "caption", "--fill", source)
+    assert not (tmp_path / "some.filled.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (
+            ["sugarcrepe", "{world}/test/sugarcrepe", "--images", "{world}/images/test", "--both"],
+            "needs a run of train.py",
+        ),
+        (["imagenet", "{world}/images", "--template", "a photo"], "has no {}"),
+        (["imagenet", "empty"], "no pictures in its"),
+        (["sugarcrepe", "{world}/test.jsonl"], "is not a folder"),
+        (["embed", "{world}/nowhere/x.npy", "{world}/images"], "there is no folder"),
+        (["embed", "x.npy", "{world}/test/sugarcrepe"], "no pictures to embed"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(small_world, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty/class").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=message):
+        run_main(capsys, *(each.replace("{world}", str(small_world)) for each in arguments))
 
 
 # ---- Everything, on a checkpoint that transformers has written

@@ -1,6 +1,8 @@
 """eval.py: metrics against brute force, readers on files of the real shapes, commands end to end."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +244,13 @@ def test_coco_nocaps_and_blip(tmp_path):
     assert read_retrieval(tmp_path / "coco.json", tmp_path) == wanted
     assert read_retrieval(tmp_path / "blip.json", tmp_path) == wanted
     assert read_retrieval(tmp_path / "coco.json", tmp_path, most=1)[1] == (root / "2.jpg", ["b1"])
+    lines = [
+        {"image": "2.jpg", "caption": "b1"},
+        {"image": "1.jpg", "caption": "a1"},
+        {"image": "2.jpg", "caption": "b2"},
+    ]
+    (tmp_path / "lines.json").write_text(json.dumps(lines))  # a line for each caption: still two images
+    assert read_retrieval(tmp_path / "lines.json", tmp_path) == [wanted[1], wanted[0]]
 
 
 def test_imagenet_folders(tmp_path):
@@ -393,6 +402,47 @@ def test_embeddings_are_kept_by_content_and_model(toy, small_world, tmp_path, mo
     part.write_bytes(part.read_bytes()[:-5])
     with pytest.raises(DataError, match=part.name):
         Embeddings(toy, tmp_path / "kept")
+
+
+def test_a_fingerprint_is_of_all_that_an_embedding_depends_on(toy):
+    """Settings that no tensor shows, the tokenizer, and the order of rows, of which sums know nothing."""
+
+    def changed(change):
+        run = load_base(TOY_MODEL, "cpu")
+        change(run)
+        return fingerprint(run)
+
+    def flip(run):
+        weight = run.model.language_model.layers[2].mlp.up_proj.weight
+        weight.data = weight.data.flip(0)
+
+    changes = [
+        lambda run: setattr(run.model.config.text, "rope_theta", 5000.0),
+        lambda run: setattr(run.model.config.text, "rms_norm_eps", 1e-5),
+        lambda run: run.tokenizer.tokenizer.add_tokens(["zebra"]),
+        lambda run: setattr(run.processor, "table", 2 * run.processor.table),
+        flip,
+    ]
+    assert changed(lambda run: None) == fingerprint(toy)
+    assert len({fingerprint(toy), *map(changed, changes)}) == 1 + len(changes)
+
+
+def test_kept_embeddings_are_of_files_not_of_their_relative_names(toy, tmp_path, monkeypatch):
+    """One cache used from two folders: pictures of one name, size and time stay two pictures."""
+    vectors = []
+    for folder, color in (("a", (255, 0, 0)), ("b", (0, 0, 255))):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        Image.new("RGB", (48, 48), color).save("x.bmp")
+        os.utime("x.bmp", (1, 1))
+        vectors.append(Embeddings(toy, tmp_path / "kept").images([Path("x.bmp")]))
+        torch.testing.assert_close(vectors[-1], encode_image(toy, [open_image("x.bmp")]))
+    assert not torch.equal(*vectors)
+
+
+def test_texts_that_the_model_has_no_positions_for_are_refused(toy):
+    with pytest.raises(DataError, match="512 positions"):
+        encode_text(toy, ["red " * 600])
 
 
 def test_interrupted_embeddings_go_on(toy, tmp_path, monkeypatch):

@@ -152,6 +152,13 @@ def test_a_table_without_the_columns(tmp_path, images):
         converted(write(tmp_path, "cc3m.tsv", "a caption\thttp://example.com/1.jpg\n"), tmp_path, images)
 
 
+def test_a_quote_that_never_ends_is_told(tmp_path, images):
+    """It would swallow the rows behind it into one caption."""
+    table = write(tmp_path, "t.tsv", 'image\tcaption\na.jpg\t"he said\ndeep/b.jpg\tfine\n000000000009.jpg\tfine\n')
+    with pytest.raises(DataError, match="t.tsv, behind line 1.*quotes"):
+        converted(table, tmp_path, images)
+
+
 def test_a_folder_with_text_files(images, tmp_path):
     (images / "a.txt").write_text("a cat\n\nanother line\n")
     records, counts = converted(images, tmp_path, images)
@@ -198,6 +205,22 @@ def test_shards(tmp_path):
     )
     red, blue = dataset[0, 0].pixel_values, dataset[2, 0].pixel_values
     assert red[0].mean() > red[2].mean() and blue[2].mean() > blue[0].mean()
+
+
+def test_shards_named_as_people_name_them(tmp_path):
+    """A folder in front, with dots in its name, endings in capitals, a .json that is none: no sample is lost."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for key, ending in (("./000", "jpg"), ("cc3m.v2/000", "jpg"), ("001", "JPG")):
+            add(tar, f"{key}.{ending}", picture())
+            add(tar, f"{key}.txt", f"caption of {key}".encode())
+            add(tar, f"{key}.json", b"[1]")
+    records, counts = converted(folder, tmp_path, folder)
+    assert [record["captions"] for record in records] == [
+        [f"caption of {key}"] for key in ("./000", "cc3m.v2/000", "001")
+    ]
+    assert counts["a .json in a shard that is no JSON object"] == 3
 
 
 @pytest.mark.parametrize("damage", ["header", "zeros", "cut"])

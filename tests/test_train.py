@@ -427,6 +427,15 @@ def test_a_folder_that_is_no_run_is_left_alone(small_world, tmp_path, names):
     assert all((tmp_path / name).resolve().read_text() == "years of work" for name in names)
 
 
+def test_a_refused_command_leaves_the_former_run_alone(small_world, tmp_path):
+    """Fewer records than a batch are found before anything in --out is touched."""
+    run_once(small_world, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="do not fill a batch of 500"):
+        run_once(small_world, tmp_path / "run", "--batch_size", "500")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 def test_learning_rate_reaches_its_peak():
     """It rises to 1 over the warm-up and falls to 0.05 at the end."""
     config = TrainConfig(steps=100, warmup=10)
