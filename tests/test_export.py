@@ -73,6 +73,9 @@ def test_transformers_embeds_and_captions_like_us(trained, pictures, tmp_path):
     assert (theirs.images(pictures) - encode_image(ours, pictures)).abs().max() < 1e-4
     assert (theirs.texts(TEXTS) - encode_text(ours, TEXTS)).abs().max() < 1e-4
     assert theirs.captions(pictures, 40) == caption(ours, pictures, max_new_tokens=40)
+    head, vocabulary = theirs.model.lm_head.weight, ours.model.config.text.vocab_size
+    new = head[vocabulary:]  # no token of the prompts is likelier to be said than the image token, which never is
+    assert len(new) == len(ours.layout.prompt_ids) and (new == head[ours.layout.image_id]).all()
     card = (tmp_path / "out" / "README.md").read_text()
     assert theirs.prompts["image"] in card and theirs.prompts["text"] in card and "| T2I@1 |" in card
     assert "| steps | 3 |" in card and str(trained.parent) not in card

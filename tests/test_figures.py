@@ -424,3 +424,11 @@ def test_adapters_stay_as_they_were(trained, items):
     assert run.is_adapted
     with adapters_disabled(run.model):
         assert not run.is_adapted
+
+
+def test_a_trend_needs_a_percent_and_all_seeds():
+    """Up or down where every seed moves by more than a hundredth, else mixed."""
+    cases = {(1.2, 1.3): "up", (0.9,): "down", (1.2, 0.9): "mixed", (1.005,): "mixed", (0.995, 0.9): "mixed"}
+    for new, word in cases.items():
+        found = {BEFORE: [{"x": 1.0}], "both": [{"x": value} for value in new]}
+        assert figures.trend(found, "both", lambda numbers: numbers["x"])[0] == word

@@ -229,6 +229,13 @@ def test_a_damaged_run_is_refused_with_one_line(undisturbed, tmp_path, file, con
     assert not (out / "checkpoints/step-8").exists()
 
 
+def test_what_desktops_leave_in_a_folder_does_not_stop_a_run(undisturbed, tmp_path):
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    (out / ".DS_Store").write_bytes(b"Bud1")
+    resume(out, "--steps", "7")
+    assert train.newest(out).name == "step-7" and (out / ".DS_Store").exists()
+
+
 def test_a_training_state_of_another_model_is_refused(undisturbed, tmp_path):
     """Moments of another shape, random numbers that are none, a temperature that is not one number."""
     out = shutil.copytree(undisturbed, tmp_path / "run")
