@@ -1,32 +1,41 @@
-"""Files in, batches out: tokenizer, image processor, the layout of a sequence, the training data, the test sets.
+"""Files in, batches out: tokenizer, layout of a sequence, image processor, training data.
 
-    tokenizer, processor = TextTokenizer(folder), ImageProcessor.from_pretrained(folder)
+    tokenizer = TextTokenizer(folder)
+    processor = ImageProcessor.from_pretrained(folder)
     layout = Layout(tokenizer, num_image_tokens=576)
     dataset = CaptionDataset("train.jsonl", layout, processor)
+    batch = collate([dataset[0, 0], dataset[1, 0]], layout, micro_batch=8)
 
-One record of the training data is one line of JSON. Image paths are relative to the file's folder (or `image_root`):
+One record of the training data is one line of JSON. Image paths are relative to the file's folder
+(or to `image_root`):
 
-    {"image": "cats/017.jpg", "short": ["Two cats on a sofa."], "long": ["The photo shows two grey cats that ..."]}
+    {"image": "cats/017.jpg", "short": ["Two cats on a sofa."], "long": ["The photo shows ..."]}
 
-Every caption is routed by its length, whatever its key ("captions" is another): under 30 tokens it feeds the
-contrastive loss, from 30 to 500 the autoregressive loss (as in the paper), and a longer one is cut behind a sentence
-(ours). Records that share a value under the optional key "group" stay neighbours, so that (but for a batch's border)
-they are each other's hard negatives. A picture may also be a "part" of a larger file, [offset, bytes]. Other people's
-files become such lines with `python data.py convert`, and `python data.py stats` tells what training makes of them.
+A caption is routed by its length, whatever its key ("captions" is another key): under 30 tokens it
+feeds the contrastive loss, from 30 to 500 the autoregressive loss, as in the paper; a longer one is
+cut at the end of a sentence, which is ours. Two keys are optional:
 
-Everything read here is data from strangers: captions cannot inject special tokens, paths cannot leave their root, and
-what is broken is refused with a DataError or counted by reason, never skipped in silence. Axes: B batch, T tokens.
+    "group": 7             records with one value stay neighbours, so that (but for a batch's
+                           border) they are hard negatives of each other
+    "part": [512, 20480]   the picture is a part of the file "image": offset and length in bytes
+
+`python -m examples.convert` makes such lines of other people's files, `python -m examples.stats`
+tells what training makes of them.
+
+Everything read here is data from strangers. Captions cannot inject special tokens, paths cannot
+leave their root. What is broken is refused with an InputError, or counted by its reason; nothing is
+skipped in silence.
+
+Axes: b sequences of one chunk, T tokens.
 """
 
 import io
 import json
 import math
-import os
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,123 +46,135 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from formats.files import InputError, inside, read_json
+from losses import IGNORE
+
+# The paper's hand-written prompts. Soft prompts begin as these.
 IMAGE_PROMPT = "Summarize the provided image in one word:"
 TEXT_PROMPT = "Summarize the provided text in one word:"
+
 LONG = 30  # tokens from which a caption counts as long (paper)
-LONGEST = 500
-IGNORE = -100  # label of a position that is not supervised
+LONGEST = 500  # tokens of a long caption that are trained on, at most (paper)
+CAPTION_KEYS = ("short", "long", "captions")
 
-
-class DataError(ValueError):
-    """A file that cannot be used; the message names it, the field, what was found and what to do."""
-
-
-def read_json(path: str | Path, expected: type | tuple[type, ...] = dict):
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(content, expected):
-        raise DataError(f"{path}: holds a JSON {type(content).__name__}, not what was expected here")
-    return content
-
-
-def sync(path: Path) -> None:
-    """Come back when a file, or a folder's list of names, has reached the disk."""
-    if os.name != "nt":  # Windows does not open folders
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
-    """Replace a file, by a text or by what a function writes, so that the old one or the new one is there, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content) if isinstance(content, str) else content(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def inside(root: Path, name: str) -> Path:
-    """The path `name` below `root`. Raises DataError where it is absolute or leads outside, by `..` or a link."""
-    with suppress(OSError, ValueError, RuntimeError):  # no path at all: a null byte, a lone surrogate, a loop of links
-        path = (root / name).resolve()
-        if path.is_relative_to(root.resolve()):
-            return path
-    raise DataError(f"{name!r} lies outside of {root}; set the image root to a folder that holds all images")
+# Others of Pillow's readers run programs: EPS starts Ghostscript.
+IMAGE_KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
+NO_PAIR = -1  # place of a sequence that has no partner in the contrastive loss
 
 
 # ---- Text
+
+
 class TextTokenizer:
-    """The checkpoint's own tokenizer.json. Text is always plain text, unless a template of ours asks for more."""
+    """The checkpoint's own tokenizer.json. Text is plain text, unless our templates ask for more.
+
+    Raises:
+        InputError: when the file is missing, is no tokenizer, or cannot encode every text."""
 
     def __init__(self, folder: str | Path):
         path = Path(folder) / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
+            # A file may have been saved with either; we want a text's own ids, all of them.
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
-            self.tokenizer.encode("any \0 ☃")  # every text must have ids, those of [UNK] if need be
-            self.begin = self.tokenizer.encode("").ids  # [1], LLaMA's <s>; nothing for Qwen
+            # Every text must have ids, those of the unknown token if need be. Better to know now.
+            self.tokenizer.encode("any \0 ☃")
+            # What stands in front of every sequence: [1] for LLaMA, its <s>; nothing for Qwen.
+            self.begin = self.tokenizer.encode("").ids
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even that
-            raise DataError(f"{path}: not a tokenizer, perhaps a Git LFS pointer or a web page ({error})") from None
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special_ids = {token.content: index for index, token in added.items() if token.special}
-        self.special_pattern = re.compile(f"({'|'.join(map(re.escape, self.special_ids)) or '(?!)'})")
+        # The library raises bare Exceptions, and Rust panics, which are not even that.
+        except BaseException as error:
+            hint = "perhaps a Git LFS pointer or a web page"
+            raise InputError(f"{path}: not a tokenizer, {hint} ({error})") from None
+
+        self.special_ids = {}  # from a special token's string to its id
+        for index, token in self.tokenizer.get_added_tokens_decoder().items():
+            if token.special:
+                self.special_ids[token.content] = index
+        escaped = [re.escape(token) for token in self.special_ids]
+        # "(?!)" matches nowhere: without special tokens a template is one stretch of plain text.
+        self.special_pattern = re.compile(f"({'|'.join(escaped) or '(?!)'})")
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Text -> ids, nothing put in front. `special` reads <image>, </s> and the like as special tokens: for our
-        own templates only, since a caption that contains such a string means the string."""
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates, legal in JSON, become question marks
+        """Text -> ids, with nothing put in front.
+
+        `special` reads <image>, </s> and the like as special tokens. It is for our own templates
+        only: a caption that contains such a string means the string."""
         self.tokenizer.encode_special_tokens = not special
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
 
     def encode_sentences(self, text: str, limit: int) -> list[int]:
-        """The ids of as many whole sentences as fit the limit, cut hard where that would lose more than half of it."""
+        """The ids of as many whole sentences as fit into `limit` tokens.
+
+        Where whole sentences would lose more than half of the limit, the cut is hard."""
         self.tokenizer.encode_special_tokens = True
-        encoding = self.tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+        encoding = self.tokenizer.encode(without_surrogates(text), add_special_tokens=False)
         if len(encoding.ids) <= limit:
             return encoding.ids
-        fitting = text[: encoding.offsets[limit - 1][1] + 1]
-        ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", fitting)]
-        whole = self.encode(text[: ends[-1]]) if ends else []
-        return whole if limit // 2 <= len(whole) <= limit else encoding.ids[:limit]
+
+        # One character more than fits, to see whether a last full stop ends a sentence.
+        end_of_last_token = encoding.offsets[limit - 1][1]
+        fitting = text[: end_of_last_token + 1]
+        sentence_ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", fitting)]
+        if sentence_ends:
+            sentences = self.encode(text[: sentence_ends[-1]])
+            if limit // 2 <= len(sentences) <= limit:
+                return sentences
+        return encoding.ids[:limit]
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, special tokens left out."""
         return self.tokenizer.decode(ids).strip()
 
 
+def without_surrogates(text: str) -> str:
+    """Lone surrogates are legal in JSON but not in UTF-8. They become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# ---- Layout
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a family of models writes a conversation: before a question, between question and answer, after an answer."""
+    """How a family of models writes a conversation."""
 
-    user: str
-    assistant: str
-    end: str  # one token
+    user: str  # in front of a question
+    assistant: str  # between a question and its answer
+    end: str  # after an answer, one token
 
 
-VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "</s>")  # LLaVA-1.5, TinyLLaVA, as they were trained
-CHATML = ChatTemplate("<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<|im_end|>")  # interleave-qwen
+VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "</s>")  # LLaVA-1.5 and TinyLLaVA, as trained
+CHATML = ChatTemplate(  # llava-interleave-qwen
+    "<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<|im_end|>"
+)
 
 
 class Layout:
-    """Where everything stands in a sequence; every decision about it is made here, once.
+    r"""Where everything stands in a sequence. Every decision about it is made here, once.
 
-        image side   <s> USER: <image> x N | \\nSummarize the provided image in one word: ASSISTANT: | long caption </s>
-        text side    <s> USER: caption     | \\nSummarize the provided text in one word: ASSISTANT:
-                                                                                               ^ the summary position
+    image side
+      <s> USER: <image> x N | \nSummarize the provided image in one word: ASSISTANT: | caption </s>
+                                                                                   ^
+    text side                                                            the summary position
+                                                                                  v
+      <s> USER: caption     | \nSummarize the provided text in one word: ASSISTANT:
 
-    Each part between bars is tokenized on its own, so that a prompt's ids never depend on the text around it (which
-    puts LLaMA's space token in front of the text prompt's line break, as it stands there after an image). With
-    `soft_start`, the prompts' tokens are replaced by the ids soft_start, soft_start + 1, ... that lora.SoftPrompt
-    embeds; `prompt_ids` are the hand-written tokens that these ids began as."""
+    Each part between bars is tokenized on its own, so that a prompt's ids never depend on the text
+    around it. (LLaMA's tokenizer then puts its space token in front of the text prompt's line
+    break, where it also stands behind an image.)
+
+    With `soft_start`, the tokens of both prompts are replaced by the ids soft_start,
+    soft_start + 1, ..., which lora.SoftPrompt embeds.
+
+    Args:
+        num_image_tokens: N, how many tokens one image takes.
+        image_prompt, text_prompt: the prompts in words; the attributes of these names hold ids.
+        soft_start: the first soft id, or None for hand-written prompts.
+    Raises:
+        InputError: when the tokenizer lacks <image> or the token that ends an answer."""
 
     def __init__(
         self,
@@ -163,41 +184,68 @@ class Layout:
         text_prompt: str = TEXT_PROMPT,
         soft_start: int | None = None,
     ):
-        self.tokenizer, self.num_image_tokens = tokenizer, num_image_tokens
+        self.tokenizer = tokenizer
+        self.num_image_tokens = num_image_tokens
         self.template = CHATML if "<|im_start|>" in tokenizer.special_ids else VICUNA
-        try:
-            self.image_id, self.stop_id = (tokenizer.special_ids[token] for token in ("<image>", self.template.end))
-        except KeyError as token:
-            raise DataError(f"tokenizer.json has no special token {token}; it is not a LLaVA's tokenizer") from None
-        self.prompt_texts = image_prompt, text_prompt
-        self.image_prompt, self.text_prompt = (self.prompt(text) for text in self.prompt_texts)
+        self.image_id = self.special_id("<image>")
+        self.stop_id = self.special_id(self.template.end)
+
+        self.prompt_texts = (image_prompt, text_prompt)
+        self.image_prompt = self.prompt(image_prompt)
+        self.text_prompt = self.prompt(text_prompt)
+        # The hand-written tokens, also where soft ids stand for them: soft prompts begin as these.
         self.prompt_ids = self.image_prompt + self.text_prompt
         if soft_start is not None:
-            soft = list(range(soft_start, soft_start + len(self.prompt_ids)))
-            self.image_prompt, self.text_prompt = soft[: len(self.image_prompt)], soft[len(self.image_prompt) :]
+            # As many soft ids as there are hand-written ones, the image prompt's first.
+            border = soft_start + len(self.image_prompt)
+            end = soft_start + len(self.prompt_ids)
+            self.image_prompt = list(range(soft_start, border))
+            self.text_prompt = list(range(border, end))
+
         self.image_prefix = tokenizer.begin + self.fill(self.template.user + "<image>")
-        self.image_summary = len(self.image_side()) - 1
+        self.image_summary = len(self.image_side()) - 1  # the summary's position on the image side
+
+    def special_id(self, token: str) -> int:
+        if token not in self.tokenizer.special_ids:
+            raise InputError(
+                f"tokenizer.json has no special token {token!r}; it is not a LLaVA's tokenizer"
+            )
+        return self.tokenizer.special_ids[token]
 
     @property
     def notes(self) -> dict[str, str]:
-        """What soft prompts depend on, in words: kept with them and compared when they are loaded."""
-        template = "{user}[image or text]\n[prompt]{assistant}[caption]{end}".format(**vars(self.template))
-        return dict(zip(("image_prompt", "text_prompt"), self.prompt_texts)) | {"template": template}
+        """What soft prompts depend on, in words: kept with them, compared when they are loaded."""
+        image_prompt, text_prompt = self.prompt_texts
+        question = f"{self.template.user}[image or text]\n[prompt]"
+        answer = f"{self.template.assistant}[caption]{self.template.end}"
+        return {
+            "image_prompt": image_prompt,
+            "text_prompt": text_prompt,
+            "template": question + answer,
+        }
 
     def with_soft_prompts(self, soft_start: int) -> "Layout":
+        """The same layout, with soft ids in place of the prompts' tokens."""
         return Layout(self.tokenizer, self.num_image_tokens, *self.prompt_texts, soft_start)
 
     def with_image_prompt(self, text: str) -> "Layout":
+        """The same layout with another image prompt, hand-written."""
         return Layout(self.tokenizer, self.num_image_tokens, text, self.prompt_texts[1])
 
     def fill(self, template: str, text: str = "") -> list[int]:
-        """Ids of a template with {text} filled in. Special tokens count in the template, never in the text."""
+        """The ids of a template with {text} filled in.
+
+        Special tokens count as such in the template, never in the text."""
         ids = []
         for part in self.tokenizer.special_pattern.split(template):
-            if part in self.tokenizer.special_ids:
-                ids += [self.tokenizer.special_ids[part]] * (self.num_image_tokens if part == "<image>" else 1)
-            elif stretch := part.replace("{text}", text):
-                ids += self.tokenizer.encode(stretch)
+            if part == "<image>":
+                ids.extend([self.image_id] * self.num_image_tokens)
+            elif part in self.tokenizer.special_ids:
+                ids.append(self.tokenizer.special_ids[part])
+            else:
+                plain = part.replace("{text}", text)
+                if plain:
+                    ids.extend(self.tokenizer.encode(plain))
         return ids
 
     def prompt(self, text: str) -> list[int]:
@@ -205,12 +253,18 @@ class Layout:
         return self.fill("\n{text}" + self.template.assistant, text)
 
     def image_side(self, caption: list[int] | None = None) -> list[int]:
-        """An image, its prompt, and the ids of a long caption, which the summary at `image_summary` cannot see."""
-        return self.image_prefix + self.image_prompt + (caption + [self.stop_id] if caption else [])
+        """An image, its prompt, and the ids of a long caption if there is one.
+
+        The summary at position `image_summary` cannot see the caption: attention is causal."""
+        ids = self.image_prefix + self.image_prompt
+        if caption:
+            ids = ids + caption + [self.stop_id]
+        return ids
 
     def text_side(self, caption: str) -> list[int]:
         """A caption and its prompt. The text is summarized at the last position."""
-        return self.tokenizer.begin + self.fill(self.template.user + "{text}", caption.strip()) + self.text_prompt
+        caption_ids = self.fill(self.template.user + "{text}", caption.strip())
+        return self.tokenizer.begin + caption_ids + self.text_prompt
 
     def question(self, text: str) -> list[int]:
         """The start of a conversation about an image."""
@@ -218,210 +272,303 @@ class Layout:
 
     def next_question(self, text: str) -> list[int]:
         """What follows an answer in a conversation."""
-        return self.fill(self.template.end + self.template.user + "{text}" + self.template.assistant, text)
+        template = self.template.end + self.template.user + "{text}" + self.template.assistant
+        return self.fill(template, text)
 
 
 # ---- Images
-def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.Image:
-    """Read a picture, a whole file or `part` (offset, bytes) of one, as upright RGB. Raises DataError for what is
-    missing, broken, a decompression bomb, or too long.
 
-    Decided: rotation by EXIF is applied (as transformers' load_image does); transparency is composited on white (as
-    transformers 5 does); 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white); of an animation the
-    first frame is taken; only JPEG, PNG, WebP, GIF and BMP are opened (other readers of Pillow run programs)."""
+
+def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.Image:
+    """Read a picture, a whole file or a `part` (offset, length in bytes) of one, as upright RGB.
+
+    Decided here: rotation by EXIF is applied (as by transformers' load_image); transparency is
+    composited on white (as by transformers 5); 16-bit grey is scaled to 8 bits (Pillow alone would
+    clip it to white); of an animation the first frame is taken; only JPEG, PNG, WebP, GIF and BMP
+    are opened.
+
+    Raises:
+        InputError: for what is missing, damaged, a decompression bomb, or too long."""
+    name = f"{path}, bytes from {part[0]}" if part else path
     try:
         with warnings.catch_warnings():
+            # Up to twice its limit of pixels Pillow only warns.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            source = path
-            if part:
-                with open(path, "rb") as file:
-                    file.seek(part[0])
-                    source, path = io.BytesIO(file.read(part[1])), f"{path}, bytes from {part[0]}"
-            with Image.open(source, formats=["JPEG", "PNG", "WEBP", "GIF", "BMP"]) as image:
+            source = read_part(path, part) if part else path
+            with Image.open(source, formats=IMAGE_KINDS) as image:
                 rgb = to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
+        raise InputError(f"{path}: no such image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; scale the image down") from None
+        limit = Image.MAX_IMAGE_PIXELS
+        raise InputError(f"{name}: more than {limit} pixels; scale the image down") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: not a JPEG, PNG, WebP, GIF or BMP image") from None
-    except Exception as error:  # whatever Pillow's decoders find: truncated data, bad checksums, broken headers
-        raise DataError(f"{path}: the image is damaged ({error})") from None
-    if max(rgb.size) > 200 * min(rgb.size):  # resizing its short side would take gigabytes
-        raise DataError(f"{path}: {rgb.width} x {rgb.height} pixels are too long for an image")
+        raise InputError(f"{name}: not a JPEG, PNG, WebP, GIF or BMP image") from None
+    # Whatever Pillow's decoders find: truncated data, bad checksums, broken headers.
+    except Exception as error:
+        raise InputError(f"{name}: the image is damaged ({error})") from None
+    # Resizing its short side to a model's input would take gigabytes.
+    if max(rgb.size) > 200 * min(rgb.size):
+        raise InputError(f"{name}: {rgb.width} x {rgb.height} pixels are too long for an image")
     return rgb
 
 
+def read_part(path: str | Path, part: tuple[int, int]) -> io.BytesIO:
+    offset, length = part
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(length))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow opens 16-bit grey PNGs as either
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
+    """Any of Pillow's modes -> 8-bit RGB, transparency on white."""
+    # Pillow opens 16-bit grey PNGs as either mode, by its version.
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.uint32) // 257  # 65535 becomes 255
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
 class ImageProcessor:
-    """Picture -> pixel values, as preprocessor_config.json says; bit for bit transformers' PIL image processors."""
+    """Picture -> pixel values, as preprocessor_config.json says.
+
+    Bit for bit what transformers' PIL image processors (CLIPImageProcessor, SiglipImageProcessor)
+    make of the same picture.
+
+    Args:
+        raw: the file's content.
+        where: what error messages call the file.
+    Raises:
+        InputError: for a field that is missing, wrong, or asks for what is not implemented."""
 
     def __init__(self, raw: dict, where: str = "preprocessor_config.json"):
-        def read(key, convert, default=None):
-            value = raw.get(key, default)
-            try:
-                return convert(value)
-            except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-                found = "missing" if value is None else f"{value!r}, which cannot be used"
-                raise DataError(f"{where}: {key} is {found}") from None
-
-        def size(value) -> tuple[int, ...]:
-            """(height, width), or the length of the shortest edge alone. An integer is a square."""
-            given = {"height": value, "width": value} if type(value) is int else value
-            given = {key: length for key, length in given.items() if length is not None}
-            lengths = (given["height"], given["width"]) if given.keys() != {"shortest_edge"} else tuple(given.values())
-            if not all(type(length) is int and 0 < length <= 4096 for length in lengths):
-                raise ValueError
-            return lengths
-
-        crop = read("crop_size", size) if raw.get("do_center_crop", "crop_size" in raw) else None
-        self.resized = read("size", size)
-        if crop and type(raw["size"]) is int:  # so old CLIP configs write the shortest edge
-            self.resized = self.resized[:1]
-        self.size = crop or self.resized  # (height, width) of what comes out
-        if len(self.size) == 1 or any(wanted > there for wanted, there in zip(self.size, self.resized * 2)):
-            raise DataError(f"{where}: size {raw['size']!r} and crop_size {crop} do not give images of one size")
-        self.resample = read("resample", Image.Resampling, 3)
-        mean, std = (read(key, lambda rgb: np.array(rgb, np.float32).reshape(3)) for key in ("image_mean", "image_std"))
-        factor = read("rescale_factor", float, 1 / 255) if raw.get("do_rescale", True) else 1.0
-        for key, wanted in (("do_resize", True), ("do_normalize", True), ("do_pad", False)):
-            if raw.get(key, wanted) not in (wanted, None):
-                raise DataError(f"{where}: {key} is {raw[key]!r}, which is not implemented")
-        # A pixel has 256 values, so rescaling and normalising are a table; the roundings are transformers' own.
-        with np.errstate(all="ignore"):
-            values = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
-            self.table = (values - mean[:, None]) / std[:, None]  # (3, 256)
-        if not np.isfinite(self.table).all() or not np.isfinite(std).all():
-            raise DataError(f"{where}: rescale_factor, image_mean and image_std do not give finite pixel values")
+        # What a picture is resized to, in pixels: (height, width) or (shortest edge,).
+        # And what the centre crop leaves of it, which comes out: (height, width).
+        self.resized, self.size = read_sizes(raw, where)
+        self.resample = read_field(raw, "resample", Image.Resampling, where, default=3)
+        # (3, 256) fp32: the pixel value of each channel's 256 levels
+        self.table = read_pixel_table(raw, where)
+        refuse_unless(raw, "do_resize", True, where)
+        refuse_unless(raw, "do_normalize", True, where)
+        refuse_unless(raw, "do_pad", False, where)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageProcessor":
-        """From preprocessor_config.json, or from the newer processor_config.json, where it is nested."""
+        """From preprocessor_config.json, or from the newer processor_config.json that nests it."""
         path = Path(folder) / "preprocessor_config.json"
         if path.exists():
             return cls(read_json(path), str(path))
         path = Path(folder) / "processor_config.json"
         raw = read_json(path).get("image_processor")
         if not isinstance(raw, dict):
-            raise DataError(f"{path}: has no image_processor, and there is no preprocessor_config.json beside it")
+            beside = "there is no preprocessor_config.json beside it"
+            raise InputError(f"{path}: has no image_processor, and {beside}")
         return cls(raw, f"{path}: image_processor")
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB image -> (3, height, width) fp32."""
         if len(self.resized) == 1:
-            width, height = (int(self.resized[0] * side / min(image.size)) for side in image.size)  # not rounded
+            # The longer edge follows in proportion; transformers cuts the fraction off.
+            shortest = min(image.size)
+            width = int(self.resized[0] * image.width / shortest)
+            height = int(self.resized[0] * image.height / shortest)
         else:
             height, width = self.resized
-        pixels = np.asarray(image.resize((width, height), self.resample))  # (height, width, 3) uint8
-        top, left = (height - self.size[0]) // 2, (width - self.size[1]) // 2  # 0 where nothing is cropped
+        resized = image.resize((width, height), self.resample)
+        pixels = np.asarray(resized)  # (height, width, 3) uint8
+        # The centre crop: both are 0 where nothing is cropped.
+        top = (height - self.size[0]) // 2
+        left = (width - self.size[1]) // 2
         pixels = pixels[top : top + self.size[0], left : left + self.size[1]]
-        return torch.from_numpy(np.stack([self.table[c][pixels[..., c]] for c in range(3)]))
+        channels = [self.table[channel][pixels[..., channel]] for channel in range(3)]
+        return torch.from_numpy(np.stack(channels))
+
+
+def read_field(raw: dict, key: str, convert: Callable, where: str, default=None):
+    """raw[key], as `convert` reads it. Raises InputError with the key and what was found."""
+    value = raw.get(key, default)
+    try:
+        return convert(value)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        found = "missing" if value is None else f"{value!r}, which cannot be used"
+        raise InputError(f"{where}: {key} is {found}") from None
+
+
+def refuse_unless(raw: dict, key: str, wanted: bool, where: str) -> None:
+    """Refuse a file that switches off what we always do, or on what we never do."""
+    if raw.get(key, wanted) not in (wanted, None):
+        raise InputError(f"{where}: {key} is {raw[key]!r}, which is not implemented")
+
+
+def read_sizes(raw: dict, where: str) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """What a picture is resized to, and the (height, width) that the crop leaves of it."""
+    resized = read_field(raw, "size", edge_lengths, where)
+    crop = None
+    # Files of SigLIP have neither field; a crop_size without the switch is meant.
+    if raw.get("do_center_crop", "crop_size" in raw):
+        crop = read_field(raw, "crop_size", edge_lengths, where)
+        # With a crop, one number is the shortest edge: so old CLIP configs write it.
+        if type(raw["size"]) is int:
+            resized = resized[:1]
+
+    size = crop or resized
+    # Both edges of any resized picture are at least this long.
+    smallest = resized if len(resized) == 2 else resized * 2
+    if len(size) == 1 or size[0] > smallest[0] or size[1] > smallest[1]:
+        found = f"size {raw['size']!r} and crop_size {crop}"
+        raise InputError(f"{where}: {found} do not give images of one size")
+    return resized, size
+
+
+def edge_lengths(value: int | dict) -> tuple[int, ...]:
+    """(height, width), or (shortest edge,) where that alone is given. An integer is a square."""
+    if type(value) is int:
+        lengths = (value, value)
+    else:
+        given = {key: length for key, length in value.items() if length is not None}
+        if given.keys() == {"shortest_edge"}:
+            lengths = (given["shortest_edge"],)
+        else:
+            lengths = (given["height"], given["width"])
+    for length in lengths:
+        # `type`, since True is an int too. The limit keeps a stranger's file from taking gigabytes.
+        if type(length) is not int or not 0 < length <= 4096:
+            raise ValueError(f"{length!r} is not a length in pixels")
+    return lengths
+
+
+def three_numbers(value: list[float]) -> np.ndarray:
+    return np.array(value, np.float32).reshape(3)
+
+
+def read_pixel_table(raw: dict, where: str) -> np.ndarray:
+    """What each of a pixel's 256 levels becomes in each channel, (3, 256) fp32.
+
+    Rescaling and normalising look at one value at a time, so a table holds all there is to know.
+    The roundings are transformers' own: a product in fp64, the rest in fp32."""
+    mean = read_field(raw, "image_mean", three_numbers, where)
+    std = read_field(raw, "image_std", three_numbers, where)
+    factor = 1.0
+    if raw.get("do_rescale", True):
+        factor = read_field(raw, "rescale_factor", float, where, default=1 / 255)
+    with np.errstate(all="ignore"):
+        rescaled = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)  # (256,)
+        table = (rescaled - mean[:, None]) / std[:, None]  # (3, 256)
+    # An infinite std would pass unseen: it makes every value 0.
+    if not np.isfinite(table).all() or not np.isfinite(std).all():
+        raise InputError(
+            f"{where}: rescale_factor, image_mean and image_std do not give finite pixel values"
+        )
+    return table
 
 
 # ---- Training data
+
+
 @dataclass
 class Sample:
-    """One record, read: an image and one caption of each kind, where there is one."""
+    """One record, read: an image, and one caption of each kind where there is one.
 
-    pixel_values: torch.Tensor  # (3, height, width) fp32
+    A record that cannot be read has an `error` that says why, and nothing else."""
+
+    pixel_values: torch.Tensor | None  # (3, height, width) fp32
     short: str | None  # for the contrastive loss
     long: list[int] | None  # ids, for the autoregressive loss
-
-
-@dataclass
-class Chunk:
-    """Sequences of similar length, padded on the right."""
-
-    input_ids: torch.Tensor  # (b, T) int64
-    summary: torch.Tensor  # (b,) the position whose hidden state is the embedding
-    pair: torch.Tensor  # (b,) the sequence's place among the pairs of the contrastive loss, -1 if it has none
-    labels: torch.Tensor | None = None  # (b, T) the NEXT token, IGNORE outside of long captions; images only
-    pixel_values: torch.Tensor | None = None  # (b, 3, height, width); images only
-
-    def to(self, device) -> "Chunk":
-        return Chunk(**{name: value.to(device) for name, value in vars(self).items() if value is not None})
-
-
-@dataclass
-class Batch:
-    """One optimiser step's data, as chunks small enough for one forward pass each."""
-
-    images: list[Chunk]
-    texts: list[Chunk]
-    num_pairs: int
-    num_tokens: int  # supervised by the autoregressive loss, in all chunks together
-    skipped: list[str]  # why records of this batch could not be used
+    error: str | None = None
 
 
 class CaptionDataset(Dataset):
-    """A JSONL file of captioned images (see the top of this file). Lines are read when they are needed.
+    """A JSONL file of captioned images (see the top of this file). Lines are read when needed.
 
-    Items are asked for as (record, draw): `draw` picks among a record's captions, so that the same pair always gives
-    the same Sample. What cannot be read comes back as a sentence that says why.
+    Items are asked for as (record, draw): `draw` picks one among a record's captions, so that the
+    same pair always gives the same Sample.
 
     Args:
-        contrast: which captions feed the contrastive loss; "long" is for showing why it must be "short".
+        image_root: where image paths begin; the file's own folder if it is None.
+        contrast: the captions that feed the contrastive loss; "long" shows why it must be "short".
     Raises:
-        DataError: when a file has no usable record, or more than 1 % of its lines are faulty."""
+        InputError: when a file has no usable record, or more than 1 % of its lines are faulty."""
 
     def __init__(
         self,
         path: str | Path,
         layout: Layout,
-        processor: ImageProcessor,
+        processor: ImageProcessor | None,
         image_root: str | Path | None = None,
         contrast: str = "short",
     ):
-        self.path, self.layout, self.processor, self.contrast = Path(path), layout, processor, contrast
+        self.path = Path(path)
+        self.layout = layout
+        self.processor = processor
         self.root = Path(image_root) if image_root else self.path.parent
-        offset, offsets, groups, first_fault, self.faults = 0, [], {}, "", Counter()
-        self.units: list[int] = []  # records of one unit stay neighbours
-        for number, line in enumerate(self.lines(), 1):
+        self.contrast = contrast
+        self.units: list[int] = []  # a number a record, the same for those that stay neighbours
+        self.faults = Counter()  # how many lines were left out, by the reason
+        self.offsets = self.index_lines()  # (records,) int64: the byte where each line begins
+
+    def index_lines(self) -> np.ndarray:
+        """Read the file once. Fills `units` and `faults`, returns the offsets of usable lines."""
+        offsets = []
+        unit_of_group = {}
+        first_fault = ""
+        end = 0
+        for number, line in enumerate(self.lines(), start=1):
+            begin = end
+            end += len(line)
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    group = parse_record(line).get("group")
-                    self.units.append(number if group is None else groups.setdefault(group, number))
-                    offsets.append(offset)
-            except DataError as error:
+                record = parse_record(line)
+            except InputError as error:
                 self.faults[str(error)] += 1
                 first_fault = first_fault or f"line {number}: {error}"
-            offset += len(line)
-        self.offsets = np.array(offsets, np.int64)
-        faulty, usable = self.faults.total(), len(offsets)
+                continue
+            group = record.get("group")
+            unit = number if group is None else unit_of_group.setdefault(group, number)
+            self.units.append(unit)
+            offsets.append(begin)
+        self.refuse_faulty_file(len(offsets), first_fault)
+        return np.array(offsets, np.int64)
+
+    def refuse_faulty_file(self, usable: int, first_fault: str) -> None:
+        """A few faulty lines are left out and told. Many mean that it is the wrong file."""
+        faulty = self.faults.total()
         if not faulty and not usable:
-            raise DataError(f"{path}: is empty")
-        if faulty > 0.01 * (faulty + usable) or not usable:
-            counts = "; ".join(f"{count} x {reason}" for reason, count in self.faults.most_common(5))
-            raise DataError(f"{path}: {faulty} of {faulty + usable} lines cannot be used, {first_fault} ({counts})")
+            raise InputError(f"{self.path}: is empty")
+        if not usable or faulty > 0.01 * (faulty + usable):
+            commonest = self.faults.most_common(5)
+            counts = "; ".join(f"{count} x {reason}" for reason, count in commonest)
+            share = f"{faulty} of {faulty + usable} lines cannot be used"
+            raise InputError(f"{self.path}: {share}, {first_fault} ({counts})")
 
     def lines(self) -> Iterator[bytes]:
         try:
             with open(self.path, "rb") as file:
-                yield from tqdm(file, desc=f"reading {self.path.name}", unit=" lines", delay=2, leave=False)
+                name = f"reading {self.path.name}"
+                yield from tqdm(file, desc=name, unit=" lines", delay=2, leave=False)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def record(self, index: int) -> dict:
-        """{"image", "short", "long", ...} as it stands in the file."""
+        """{"image", "short", "long", "captions", ...} as it stands in the file."""
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
             return parse_record(file.readline())
 
     def captions(self, record: dict) -> tuple[list[str], list[list[int]]]:
-        """All captions of a record by their length: short ones as text, long ones as ids of at most LONGEST tokens."""
-        short, long = [], []
-        for text in record["short"] + record["long"] + record["captions"]:
+        """A record's captions by their length: short ones as text, long ones as ids.
+
+        The long ones have LONG to LONGEST ids."""
+        short = []
+        long = []
+        for text in captions_of(record):
             ids = self.layout.tokenizer.encode_sentences(text.strip(), LONGEST)
             if len(ids) >= LONG:
                 long.append(ids)
@@ -431,214 +578,270 @@ class CaptionDataset(Dataset):
             short = [self.layout.tokenizer.decode(ids) for ids in long]
         return short, long
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | str:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, draw = key
         try:
-            record = self.record(index)
-            chosen = [kind[draw % len(kind)] if kind else None for kind in self.captions(record)]
-            if not any(chosen):
-                raise DataError("no caption is left")
-            pixels = self.processor(open_image(inside(self.root, record["image"]), record.get("part")))
-            return Sample(pixels, *chosen)
-        except DataError as error:
-            return f"{self.path.name}, record {index}: {error}"
+            return self.read_sample(self.record(index), draw)
+        except InputError as error:
+            return Sample(None, None, None, error=f"{self.path.name}, record {index}: {error}")
+
+    def read_sample(self, record: dict, draw: int) -> Sample:
+        short, long = self.captions(record)
+        # Some captions have no tokens: control characters, which a normalizer drops.
+        if not short and not long:
+            raise InputError("no caption is left")
+        path = inside(self.root, record["image"])
+        image = open_image(path, record.get("part"))
+        return Sample(
+            pixel_values=self.processor(image),
+            short=short[draw % len(short)] if short else None,
+            long=long[draw % len(long)] if long else None,
+        )
 
 
 def parse_record(line: bytes) -> dict:
-    """One line of the training data, checked, with both lists of captions present."""
+    """One line of the training data, checked, with all three lists of captions present.
+
+    Raises:
+        InputError: with what is wrong; who knows the file and the line adds them."""
     try:
         record = json.loads(line)
+    # RecursionError: a line of a million opening brackets.
     except (ValueError, RecursionError):
-        raise DataError("not JSON") from None
+        raise InputError("not JSON") from None
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
-        raise DataError('no "image" with the path of a picture')
-    record = {"short": [], "long": [], "captions": []} | record
-    for key in ("short", "long", "captions"):
-        if not isinstance(record[key], list) or not all(isinstance(text, str) for text in record[key]):
-            raise DataError(f'"{key}" is not a list of captions')
-    if not any(text.strip() for text in record["short"] + record["long"] + record["captions"]):
-        raise DataError("no caption")
-    part = record.get("part", [0, 1])
-    if not isinstance(part, list) or len(part) != 2 or not all(type(n) is int and 0 <= n < 2**48 for n in part):
-        raise DataError('"part" is not [offset, bytes]')
+        raise InputError('no "image" with the path of a picture')
+    for key in CAPTION_KEYS:
+        captions = record.setdefault(key, [])
+        if not isinstance(captions, list):
+            raise InputError(f'"{key}" is not a list of captions')
+        if not all(isinstance(text, str) for text in captions):
+            raise InputError(f'"{key}" is not a list of captions')
+    if not any(text.strip() for text in captions_of(record)):
+        raise InputError("no caption")
+    if "part" in record and not is_part(record["part"]):
+        raise InputError('"part" is not [offset, bytes]')
     if not isinstance(record.get("group"), str | int | None):
-        raise DataError('"group" is neither a string nor a number')
+        raise InputError('"group" is neither a string nor a number')
     return record
 
 
+def captions_of(record: dict) -> list[str]:
+    """All captions of a record, whatever their key."""
+    return record["short"] + record["long"] + record["captions"]
+
+
+def is_part(value) -> bool:
+    """Is this [offset, bytes]? The limit is far above any file, and fits what `seek` takes."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(type(number) is int and 0 <= number < 2**48 for number in value)
+
+
 class ResumableSampler(Sampler):
-    """Batches of (record, draw) for `CaptionDataset`: a function of the seed and the step, so any step can be resumed.
+    """Batches of (record, draw) for `CaptionDataset`.
 
-    Every epoch is a new permutation; the records of one unit stay neighbours (a batch's border may part them). An
-    epoch's last records that do not fill a batch wait for the next permutation. Of every batch, `places` are yielded:
-    range(rank, batch_size, processes) is the share of one of several processes."""
+    They are a function of the seed and the step alone, so training can go on from any step. Every
+    epoch is a new permutation; the records of one unit stay neighbours (a batch's border may part
+    them). An epoch's last records that do not fill a batch wait for the next permutation.
 
-    def __init__(self, units: list[int], batch_size: int, steps: int, seed=0, first_step=0, places: range = None):
+    Args:
+        units: a number a record, as `CaptionDataset.units`.
+        batch_size: records of a batch, of all processes together.
+        steps, first_step: where training ends, and where it goes on.
+        places: which of a batch's places are yielded; range(rank, batch_size, processes) is the
+            share of one of several processes, None is all of them.
+    Raises:
+        InputError: when the records do not fill one batch."""
+
+    def __init__(
+        self,
+        units: list[int],
+        batch_size: int,
+        steps: int,
+        seed: int = 0,
+        first_step: int = 0,
+        places: range | None = None,
+    ):
         if len(units) < batch_size:
-            raise DataError(f"{len(units)} usable records do not fill a batch of {batch_size}; lower the batch size")
-        self.units, self.batch_size, self.seed = np.asarray(units), batch_size, seed
-        self.first_step, self.steps, self.places = first_step, steps, places or range(batch_size)
+            raise InputError(
+                f"{len(units)} usable records do not fill a batch of {batch_size}; "
+                "lower the batch size"
+            )
+        self.units = np.asarray(units)
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+        self.first_step = first_step
+        self.places = range(batch_size) if places is None else places
 
     def __len__(self) -> int:
         return self.steps - self.first_step
 
+    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The records of an epoch in their order, and a draw for each of them."""
+        generator = np.random.default_rng([self.seed, number])
+        rank_of_unit = generator.permutation(self.units.max() + 1)
+        rank = rank_of_unit[self.units]  # (records,)
+        # Stable: the records of a unit, whose ranks are equal, stay in the file's order.
+        order = np.argsort(rank, kind="stable")
+        draws = generator.integers(2**31, size=len(rank))
+        return order, draws
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch, loaded = len(self.units) // self.batch_size, None
+        batches_of_epoch = len(self.units) // self.batch_size
+        current = None
         for step in range(self.first_step, self.steps):
-            number, place = divmod(step, per_epoch)
-            if number != loaded:
-                random, loaded = np.random.default_rng([self.seed, number]), number
-                rank = random.permutation(self.units.max() + 1)[self.units]
-                order, draws = np.argsort(rank, kind="stable"), random.integers(2**31, size=len(rank))
-            part = np.array(self.places) + place * self.batch_size
-            yield list(zip(order[part].tolist(), draws[part].tolist()))
+            number, batch = divmod(step, batches_of_epoch)
+            if number != current:
+                order, draws = self.epoch(number)
+                current = number
+            mine = batch * self.batch_size + np.array(self.places, np.int64)
+            yield list(zip(order[mine].tolist(), draws[mine].tolist()))
+
+
+# ---- Batches
+
+
+@dataclass
+class Chunk:
+    """Sequences of similar length, padded on the right: one forward pass.
+
+    Chunks of texts have neither `labels` nor `pixel_values`."""
+
+    input_ids: torch.Tensor  # (b, T) int64
+    summary: torch.Tensor  # (b,) int64, the position whose hidden state is the embedding
+    pair: torch.Tensor  # (b,) int64, the sequence's place among the contrastive pairs, or NO_PAIR
+    labels: torch.Tensor | None = None  # (b, T) int64, the NEXT token, IGNORE outside of captions
+    pixel_values: torch.Tensor | None = None  # (b, 3, height, width) fp32
+
+    def to(self, device: torch.device | str) -> "Chunk":
+        moved = {}
+        for name, value in vars(self).items():
+            if value is not None:
+                moved[name] = value.to(device)
+        return Chunk(**moved)
+
+
+@dataclass
+class Batch:
+    """The data of one optimizer step, in chunks that are small enough for one forward pass each."""
+
+    images: list[Chunk]
+    texts: list[Chunk]
+    num_pairs: int
+    num_tokens: int  # supervised by the autoregressive loss, in all chunks together
+    skipped: list[str]  # why records of this batch could not be used
+
+
+@dataclass
+class Sequence:
+    """One sample on one side, before it is padded."""
+
+    ids: list[int]
+    pair: int
+    pixel_values: torch.Tensor | None = None  # (3, height, width) fp32; images only
 
 
 def collate(
-    samples: list[Sample | str], layout: Layout, micro_batch: int, caption_share: float = 1.0, multiple: int = 1,
-    places: range | None = None
-) -> Batch:  # fmt: skip
-    """Lay samples out as sequences, sort them by length, pad them on the right, `micro_batch` at a time, to the next
-    `multiple` of tokens (GPUs, and what is compiled, like few and round lengths).
+    samples: list[Sample],
+    layout: Layout,
+    micro_batch: int,
+    caption_share: float = 1.0,
+    multiple: int = 1,
+    places: range | None = None,
+) -> Batch:
+    """Lay samples out as sequences, sort these by length, and pad them on the right.
 
-    Long captions are trained on in the first `caption_share` of the batch's places; an image that has only a long one
-    always trains it. `places` are the samples' in the global batch, range(rank, batch_size, processes)."""
-    places = places or range(len(samples))
+    Args:
+        micro_batch: sequences of a chunk, at most.
+        caption_share: long captions are trained on in this first share of the batch's places. An
+            image that has only a long caption always trains it.
+        multiple: chunks are padded to a multiple of so many tokens; GPUs like round lengths.
+        places: the samples' places in the global batch, range(rank, batch_size, processes)."""
+    if places is None:
+        places = range(len(samples))
+    captions = choose_captions(samples, places, caption_share)
+    images, texts = lay_out(samples, captions, layout)
+    return Batch(
+        images=make_chunks(images, layout, micro_batch, multiple),
+        texts=make_chunks(texts, layout, micro_batch, multiple),
+        num_pairs=len(texts),
+        # One more each: the token that ends a caption is learned too.
+        num_tokens=sum(len(caption) + 1 for caption in captions if caption),
+        skipped=[sample.error for sample in samples if sample.error is not None],
+    )
+
+
+def choose_captions(
+    samples: list[Sample], places: range, caption_share: float
+) -> list[list[int] | None]:
+    """For each sample the long caption that it trains in this batch, or None."""
+    # places.stop is the size of the global batch, so all processes draw the same line.
     supervised = math.ceil(caption_share * places.stop)
-    images, texts, num_tokens = [], [], 0
+    captions = []
     for place, sample in zip(places, samples):
-        if isinstance(sample, str):  # why it could not be read
-            continue
-        caption = sample.long if sample.short is None or place < supervised else None
-        pair = len(texts) if sample.short is not None else -1
-        if pair >= 0:
-            texts.append((layout.text_side(sample.short), pair, None))
-        if pair >= 0 or caption:
-            images.append((layout.image_side(caption), pair, sample.pixel_values))
-            num_tokens += len(caption) + 1 if caption else 0
-
-    def chunks(sequences) -> Iterator[Chunk]:
-        sequences = sorted(sequences, key=lambda sequence: len(sequence[0]))
-        for first in range(0, len(sequences), micro_batch):
-            ids, pairs, pixels = zip(*sequences[first : first + micro_batch])
-            width = math.ceil(max(map(len, ids)) / multiple) * multiple
-            input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-            lengths = torch.tensor([len(row) for row in ids])
-            if pixels[0] is None:
-                yield Chunk(input_ids, lengths - 1, torch.tensor(pairs))
-                continue
-            position = torch.arange(input_ids.shape[1])
-            # Position t predicts token t + 1: from the summary position on (it predicts the caption's first token) ...
-            predicts = (position >= layout.image_summary) & (position < lengths[:, None] - 1)
-            labels = input_ids.roll(-1, dims=1).masked_fill(~predicts, IGNORE)
-            summary = torch.full_like(lengths, layout.image_summary)
-            yield Chunk(input_ids, summary, torch.tensor(pairs), labels, torch.stack(pixels))
-
-    skipped = [sample for sample in samples if isinstance(sample, str)]
-    return Batch(list(chunks(images)), list(chunks(texts)), len(texts), num_tokens, skipped)
-
-
-# ---- Test sets, in the formats that their authors publish
-@contextmanager
-def fields_of(path: str | Path) -> Iterator[None]:
-    """Turn what a file of another shape runs into, a missing key or a wrong type, into a DataError that names it."""
-    try:
-        yield
-    except DataError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8
-        raise DataError(f"{path}: not in the expected format ({type(error).__name__}: {error})") from None
-
-
-def pictures_in(folder: str | Path) -> list[Path]:
-    """The pictures in a folder and in the folders below it, by their names' endings, in order."""
-    endings = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings and path.is_file())
-
-
-def read_retrieval(
-    path: str | Path, image_root: str | Path, split: str = "test", most: int | None = None
-) -> list[tuple[Path, list[str]]]:
-    """(image, its captions), at most `most` of them, from Karpathy's JSON (one split of it), from COCO's and nocaps'
-    (annotations in any order), or from BLIP's. An image without captions stays: one more to be mistaken."""
-    content, captions = read_json(path, (dict, list)), defaultdict(list)
-    with fields_of(path):
-        if isinstance(content, list):
-            items = [(item["image"], item["caption"]) for item in content]
-        elif "annotations" in content:
-            for annotation in content["annotations"]:
-                captions[annotation["image_id"]].append(annotation["caption"])
-            items = [(image["file_name"], captions[image["id"]]) for image in content["images"]]
+        # Without its long caption an image that has no short one would train nothing.
+        if place < supervised or sample.short is None:
+            captions.append(sample.long)
         else:
-            chosen = [image for image in content["images"] if image["split"] == split]
-            names = [str(Path(image.get("filepath", "")) / image["filename"]) for image in chosen]
-            items = [(name, [each["raw"] for each in image["sentences"]]) for name, image in zip(names, chosen)]
-        joined = defaultdict(list)  # some files have a line for each caption; an image must not compete with itself
-        for name, texts in items:
-            joined[name] += [texts] if isinstance(texts, str) else texts
-        items = joined.items()
-        if not any(texts for _, texts in items):
-            raise DataError(f"{path}: no captions of images (of split {split!r}, if it has splits)")
-        return [(inside(Path(image_root), name), [text.strip() for text in texts[:most]]) for name, texts in items]
+            captions.append(None)
+    return captions
 
 
-def read_imagenet(root: str | Path, names: str | Path | None = None) -> tuple[list[tuple[Path, int]], list[str]]:
-    """A folder a class -> (image, class) and the classes' names, in the folders' sorted order.
-
-    `names` is a text file with a name a line or a JSON list, in that order; or a JSON object from folders to names, or
-    from anything to [folder, name]. Without it, the folders' names are the classes'."""
-    root = Path(root)
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-    classes = [folder.replace("_", " ") for folder in folders]
-    if names and Path(names).suffix == ".json":
-        with fields_of(names):
-            content = read_json(names, (dict, list))
-            if isinstance(content, dict):
-                pairs = [value if isinstance(value, list) else (key, value) for key, value in content.items()]
-                content = list(map(dict(pairs).__getitem__, folders))
-            classes = [name.replace("_", " ").strip() for name in content]
-    elif names:
-        with fields_of(names), open(names, encoding="utf-8") as file:
-            classes = [line.strip() for line in file if line.strip()]
-    if not folders or len(classes) != len(folders):
-        raise DataError(f"{names or root}: {len(classes)} class names for the {len(folders)} folders of {root}")
-    pictures = [(path, index) for index, folder in enumerate(folders) for path in pictures_in(root / folder)]
-    if not pictures:
-        raise DataError(f"{root}: no pictures in its {len(folders)} folders")
-    return pictures, classes
+def lay_out(
+    samples: list[Sample], captions: list[list[int] | None], layout: Layout
+) -> tuple[list[Sequence], list[Sequence]]:
+    """The sequences of the image side and those of the text side, partners numbered alike."""
+    images = []
+    texts = []
+    for sample, caption in zip(samples, captions):
+        pair = NO_PAIR
+        if sample.short is not None:
+            pair = len(texts)
+            texts.append(Sequence(layout.text_side(sample.short), pair))
+        # Neither a partner nor a caption: the sample could not be read.
+        if pair != NO_PAIR or caption:
+            images.append(Sequence(layout.image_side(caption), pair, sample.pixel_values))
+    return images, texts
 
 
-def read_sugarcrepe(path: str | Path, image_root: str | Path, captions: tuple[str, ...]) -> list[dict]:
-    """One file of SugarCrepe (an object keyed by numbers, with gaps) or SugarCrepe++ (a list) -> its items, each with
-    the path of its "image" and the fields named in `captions`."""
-    content = read_json(path, (dict, list))
-    items = list(content.values()) if isinstance(content, dict) else content
-    if not items:
-        raise DataError(f"{path}: holds no items")
-    with fields_of(path):
-        return [
-            {"image": inside(Path(image_root), item["filename"])} | {key: item[key].strip() for key in captions}
-            for item in items
-        ]
+def make_chunks(
+    sequences: list[Sequence], layout: Layout, micro_batch: int, multiple: int
+) -> list[Chunk]:
+    """Sequences of similar length together, since padding is computed for nothing."""
+    by_length = sorted(sequences, key=lambda sequence: len(sequence.ids))
+    chunks = []
+    for first in range(0, len(by_length), micro_batch):
+        chunks.append(make_chunk(by_length[first : first + micro_batch], layout, multiple))
+    return chunks
 
 
-def read_winoground(path: str | Path, image_root: str | Path) -> list[dict]:
-    """examples.jsonl -> items with "caption_0", "caption_1" and the images of "image_0", "image_1" as paths."""
-    try:
-        items = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    if not items:
-        raise DataError(f"{path}: holds no examples")
-    with fields_of(path):
-        return [
-            {key: item[key].strip() for key in ("caption_0", "caption_1")}
-            | {key: inside(Path(image_root), item[key] + ".png") for key in ("image_0", "image_1")}
-            for item in items
-        ]
+def make_chunk(sequences: list[Sequence], layout: Layout, multiple: int) -> Chunk:
+    longest = max(len(sequence.ids) for sequence in sequences)
+    width = math.ceil(longest / multiple) * multiple
+    # Any id may pad: attention is causal, so no real token sees what stands behind it.
+    padded = [sequence.ids + [0] * (width - len(sequence.ids)) for sequence in sequences]
+    input_ids = torch.tensor(padded)  # (b, T)
+    lengths = torch.tensor([len(sequence.ids) for sequence in sequences])  # (b,)
+    pair = torch.tensor([sequence.pair for sequence in sequences])  # (b,)
+    if sequences[0].pixel_values is None:  # the text side
+        return Chunk(input_ids, summary=lengths - 1, pair=pair)
+    return Chunk(
+        input_ids,
+        summary=torch.full_like(lengths, layout.image_summary),
+        pair=pair,
+        labels=next_tokens(input_ids, lengths, layout.image_summary),
+        pixel_values=torch.stack([sequence.pixel_values for sequence in sequences]),
+    )
 
 
-if __name__ == "__main__":  # convert and stats; nothing here needs them
-    from examples.prepare import main
+def next_tokens(input_ids: torch.Tensor, lengths: torch.Tensor, first: int) -> torch.Tensor:
+    """Labels: what each position predicts, (b, T), from position `first` to the last token but one.
 
-    main()
+    `first` is the summary position: it predicts the first token of the caption. Behind it each
+    token predicts the next one; the last token, </s>, predicts nothing, nor does padding. So a
+    sequence without a caption, which ends at the summary, has no labels at all."""
+    position = torch.arange(input_ids.shape[1])  # (T,)
+    predicts = (position >= first) & (position < lengths[:, None] - 1)  # (b, T)
+    return input_ids.roll(-1, dims=1).masked_fill(~predicts, IGNORE)

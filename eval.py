@@ -1,61 +1,75 @@
-"""Use and test a model: captions, conversations, embeddings, search, the paper's tables.
+"""Use and test a model: embeddings, captions, the paper's tables.
 
-    python eval.py caption photo.jpg                          what the picture shows, in the model's words
+    python eval.py caption photo.jpg                  what the picture shows, in the model's words
     python eval.py caption *.jpg --question "What colour is the car?" --model llava-1.5-7b-hf
-    python eval.py chat photo.jpg                             a conversation about one picture
-    python eval.py search --images photos "a red car"         ranks the pictures of a folder, draws the best
-    python eval.py match photo.jpg "a red car" "a blue car"   which caption fits best
-    python eval.py embed photos.npy photos                    embeddings of pictures or lines of text, in a file
     python eval.py retrieval dataset_flickr30k.json --images flickr30k-images
-    python eval.py sugarcrepe sugar-crepe/data --images val2017               (sugarcrepe++ likewise)
+    python eval.py sugarcrepe sugar-crepe/data --images val2017         (sugarcrepe++ likewise)
     python eval.py winoground examples.jsonl --images winoground/images
     python eval.py imagenet val --classes names.txt
     python eval.py captioning captions.jsonl
 
 `--model` is a Hugging Face LLaVA folder, or a run of train.py with its adapters. In Python:
 
-    run = load_run("runs/toy")
-    images = encode_image(run, [open_image("photo.jpg")])     # (1, D), unit length
-    texts = encode_text(run, ["a red car", "a blue car"])     # (2, D)
-    print(images @ texts.T)                                   # cosine similarities
+    embedder = load_embedder("runs/toy")
+    images = encode_image(embedder, [open_image("photo.jpg")])     # (1, D), unit length
+    texts = encode_text(embedder, ["a red car", "a blue car"])     # (2, D)
+    print(images @ texts.T)                                        # cosine similarities
+
+Searching, conversations and other uses are scripts in examples/.
+Axes: B batch, T tokens, D hidden.
 """
 
+import argparse
 import hashlib
 import json
 import math
-import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from tqdm import tqdm
 
-import data
-from data import DataError, ImageProcessor, Layout, TextTokenizer, open_image, read_json
-from lora import AdapterError, SoftPrompt, adapters, load_adapter, quantize
-from model import CheckpointError, Llava, LlavaConfig
+import backbones
+from backbones import Backbone, BackboneConfig
+from data import (
+    IMAGE_PROMPT,
+    TEXT_PROMPT,
+    Batch,
+    CaptionDataset,
+    ImageProcessor,
+    Layout,
+    TextTokenizer,
+    collate,
+    open_image,
+)
+from fast.int8 import quantize
+from formats.files import InputError, read_json
+from formats.testsets import read_imagenet, read_retrieval, read_sugarcrepe, read_winoground
+from lora import SoftPrompt, adapters, adapters_disabled, load_adapter
+from losses import IGNORE
+from runtime.checkpoints import newest
+from runtime.embeddings import KeptEmbeddings, fingerprint_of, key_of_text
+from runtime.processes import gather_rows, rank, world_size
 
 ROOT = Path(__file__).parent
 TOY_MODEL = ROOT / "toy" / "tiny-llava"
 DESCRIBE = "Describe the image in detail."
-USER_ERRORS = (CheckpointError, DataError, AdapterError, OSError)  # shown as one line, without a traceback
+USER_ERRORS = (InputError, OSError)  # shown as one line, without a traceback
 
 
 @dataclass
-class Run:
-    """A model with what it takes to use it on pictures and text."""
+class Embedder:
+    """A model with all it takes to use it on pictures and text."""
 
-    model: Llava
+    model: Backbone
     layout: Layout
     processor: ImageProcessor
     base: str = ""  # the base model's hash
@@ -63,7 +77,7 @@ class Run:
     @property
     def notes(self) -> dict[str, str]:
         """What adapters belong to, kept in their files."""
-        return self.layout.notes | {"base": self.base}
+        return {**self.layout.notes, "base": self.base}
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -71,496 +85,1141 @@ class Run:
 
     @property
     def is_adapted(self) -> bool:
+        """Whether the model computes with adapters now."""
         return any(module.enabled for module in adapters(self.model).values())
 
-    def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
-        """RGB images, or what the processor made of them -> (B, 3, height, width) on the model's device."""
+    def pixel_values(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
+        """RGB images, or what the processor made of them -> (B, 3, height, width), on the model's
+        device and in its dtype."""
+
+        def prepare(image):
+            return image if torch.is_tensor(image) else self.processor(image)
+
+        # Threads, for Pillow and NumPy let go of Python's lock while they resize.
         with ThreadPoolExecutor() as threads:
-            ready = threads.map(lambda image: image if torch.is_tensor(image) else self.processor(image), images)
-            return torch.stack(list(ready)).to(self.model.device, self.model.dtype)
+            pixels = torch.stack(list(threads.map(prepare, images)))
+        return pixels.to(self.model.device, self.model.dtype)
+
+
+# ---- Loading
 
 
 def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
-    """The best device here, or the one asked for, with the fastest dtype that it computes well in: on CUDA bf16 where
-    the GPU has it, else fp16; on MPS and CPU fp32."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The best device here, or the one asked for, with the fastest dtype it computes well in.
+
+    On CUDA that is bf16 where the GPU has it, else fp16; on MPS and the CPU it is fp32.
+    Raises InputError for a device that cannot be used."""
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    elif name is None and torch.backends.mps.is_available():
+        name = "mps"
+    elif name is None:
+        name = "cpu"
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device  # with its number, and usable
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: cannot be used here ({reason})") from None
     if device.type != "cuda":
         return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return device, torch.bfloat16
+    return device, torch.float16
 
 
-def load_run(folder: str | Path, device: str | None = None, *prompts: str, dtype: torch.dtype | None = None) -> Run:
-    """Read a Hugging Face LLaVA folder, to be used with the paper's prompts or others (the image's, the text's), or a
-    run folder of train.py: its base model, in int8 if it was trained so, with its newest adapters, and the prompts that
-    they were trained with. Raises CheckpointError, DataError or AdapterError."""
+def load_embedder(
+    folder: str | Path,
+    device: str | None = None,
+    image_prompt: str | None = None,
+    text_prompt: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Embedder:
+    """A LLaVA folder, or a run folder of train.py, ready to embed and to caption.
+
+    A run is its base model, in int8 if it was trained so, with its newest adapters and with the
+    prompts that they were trained with. A LLaVA folder has the paper's prompts or those given.
+    Raises InputError."""
     folder = Path(folder)
     if not (folder / "checkpoints").is_dir():
-        return load_base(folder, device, *prompts, dtype=dtype)
-    if prompts:
-        raise DataError(f"{folder}: a run keeps the prompts it was trained with; others are for LLaVA folders")
+        return load_base(folder, device, image_prompt, text_prompt, dtype=dtype)
+    if image_prompt is not None or text_prompt is not None:
+        advice = "others are for LLaVA folders"
+        raise InputError(f"{folder}: a run keeps the prompts it was trained with; {advice}")
     settings = read_json(folder / "config.json")
-    base, *prompts = (settings.get(key) for key in ("model", "image_prompt", "text_prompt"))
-    newest = (folder / "checkpoints" / "latest").read_bytes().decode("ascii", "replace").strip()
-    if not all(isinstance(text, str) for text in (base, *prompts)) or not re.fullmatch(r"step-\d+", newest):
-        raise DataError(f"{folder}: not a complete run of train.py (config.json, checkpoints/latest)")
-    run = load_base(base, device, *prompts, int8=settings.get("int8") is True, dtype=dtype)
-    load_adapter(run.model, folder / "checkpoints" / newest, run.layout.image_prompt, run.layout.text_prompt, run.notes)
-    if isinstance(run.model.language_model.embed_tokens, SoftPrompt):
-        run.layout = run.layout.with_soft_prompts(run.model.config.text.vocab_size)
-    return run
+    base = settings.get("model")
+    image_prompt = settings.get("image_prompt")
+    text_prompt = settings.get("text_prompt")
+    checkpoint = newest(folder)
+    has_settings = all(isinstance(text, str) for text in (base, image_prompt, text_prompt))
+    if not has_settings or checkpoint is None:
+        needed = "config.json, checkpoints/latest"
+        raise InputError(f"{folder}: not a complete run of train.py ({needed})")
+    # Adapters that learned on rounded weights are right on those, not on the whole ones.
+    int8 = settings.get("int8") is True
+    embedder = load_base(base, device, image_prompt, text_prompt, int8=int8, dtype=dtype)
+    layout = embedder.layout
+    model = embedder.model
+    load_adapter(model, checkpoint, layout.image_prompt, layout.text_prompt, embedder.notes)
+    # Where prompts were learned, sequences hold their ids, which lie behind the vocabulary's.
+    if isinstance(model.language_model.embed_tokens, SoftPrompt):
+        embedder.layout = layout.with_soft_prompts(model.config.text.vocab_size)
+    return embedder
 
 
-def load_base(folder: str | Path, device=None, *prompts: str, int8=False, dtype=None, mapped=False) -> Run:
-    """`mapped` leaves the weights on the CPU, as their file is, of which pages are read when they are needed."""
-    folder, config, layout, processor = inspect_base(folder, *prompts)
-    where, best = pick_device(device)
-    model = Llava.from_pretrained(folder, None if mapped else dtype or best, "cpu" if int8 or mapped else where)
-    model.config.eos_token_ids, base = config.eos_token_ids, base_hash(Llava.from_pretrained(folder, None))
-    if int8:  # before it moves: the GPU need not hold the whole weights
+def load_base(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    image_prompt: str | None = None,
+    text_prompt: str | None = None,
+    int8: bool = False,
+    dtype: torch.dtype | None = None,
+    mapped: bool = False,
+) -> Embedder:
+    """A LLaVA folder as an Embedder, without adapters. Raises InputError.
+
+    Args:
+        int8: hold the language model's linear layers in int8.
+        dtype: of the weights, if not the one that suits the device.
+        mapped: leave the weights on the CPU as a view of their file, in its dtype: of them only
+            those pages are read that are needed."""
+    folder, config, layout, processor = read_folder(folder, image_prompt, text_prompt)
+    device, best_dtype = pick_device(device)
+    if mapped:
+        model = backbones.load(folder, None, "cpu")
+    elif int8:
+        # Made smaller before it moves: the GPU need not hold the whole weights.
+        model = backbones.load(folder, dtype or best_dtype, "cpu")
+    else:
+        model = backbones.load(folder, dtype or best_dtype, device)
+    model.config.eos_token_ids = config.eos_token_ids
+    # Hashed as its file is: the numbers of `model` may be rounded already.
+    base = base_hash(backbones.load(folder, None))
+    if int8:
         quantize(model)
-    return Run(model if mapped else model.to(where), layout, processor, base)
+    if not mapped:
+        model = model.to(device)
+    return Embedder(model, layout, processor, base)
 
 
-def base_hash(model: Llava) -> str:
-    """SHA-256 of the names and shapes of a model's tensors, and of the first row of each in bf16: the same in whatever
-    layout and shards its files are, in fp32 and in bf16. Of a model as its file is: fp16 would round it otherwise."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
-        if name != "lm_head.weight":  # where it is tied, it has no name of its own
-            row = tensor.detach()[:1].bfloat16().cpu().flatten().view(torch.uint8)
-            digest.update(f"{name} {list(tensor.shape)}".encode() + row.numpy().tobytes())
-    return digest.hexdigest()
+def read_folder(
+    folder: str | Path, image_prompt: str | None = None, text_prompt: str | None = None
+) -> tuple[Path, BackboneConfig, Layout, ImageProcessor]:
+    """A LLaVA folder without its weights: where it is, and what its small files say, checked.
 
-
-def inspect_base(folder: str | Path, *prompts: str) -> tuple[Path, LlavaConfig, Layout, ImageProcessor]:
-    """A LLaVA folder without its weights, checked: where it is, and what its small files say. `prompts` are the image
-    prompt and the text prompt, where they are not the paper's."""
-    given, folder = folder, Path(folder) if Path(folder).is_dir() else ROOT / folder  # toy/tiny-llava from anywhere
+    The prompts are the paper's where none are given. Raises InputError."""
+    given = folder
+    folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{given}: no such folder; give a Hugging Face LLaVA folder or a run of train.py")
-    config = LlavaConfig.from_pretrained(folder)
-    layout = Layout(TextTokenizer(folder), config.num_image_tokens, *prompts)
+        folder = ROOT / folder  # toy/tiny-llava is found from anywhere
+    if not folder.is_dir():
+        advice = "give a Hugging Face LLaVA folder or a run of train.py"
+        raise InputError(f"{given}: no such folder; {advice}")
+    config = backbones.read_config(folder)
+    if image_prompt is None:
+        image_prompt = IMAGE_PROMPT
+    if text_prompt is None:
+        text_prompt = TEXT_PROMPT
+    # The files must agree with each other: a folder put together by hand often mixes two models.
+    layout = Layout(TextTokenizer(folder), config.num_image_tokens, image_prompt, text_prompt)
     if layout.image_id != config.image_token_id:
-        found = f"<image> is {layout.image_id} in tokenizer.json, {config.image_token_id} in config.json"
-        raise DataError(f"{folder}: {found}: the files belong to different models")
-    processor, side = ImageProcessor.from_pretrained(folder), config.vision.image_size
+        found = f"<image> is {layout.image_id} in tokenizer.json"
+        found += f", {config.image_token_id} in config.json"
+        raise InputError(f"{folder}: {found}: the files belong to different models")
+    processor = ImageProcessor.from_pretrained(folder)
+    side = config.vision.image_size
     if processor.size != (side, side):
-        found = f"preprocessor_config.json makes images of {processor.size}, config.json wants {side} x {side}"
-        raise DataError(f"{folder}: {found}")
+        found = f"preprocessor_config.json makes images of {processor.size}"
+        raise InputError(f"{folder}: {found}, config.json wants {side} x {side}")
+    # The end of an answer in the chat template ends it, whether or not the config lists it.
     config.eos_token_ids = tuple({*config.eos_token_ids, layout.stop_id})
     return folder, config, layout, processor
 
 
-# ---- Embeddings: the last hidden state at the summary position, at unit length. Axes: B batch, T tokens, D hidden.
-def encode_image(run: Run, images: list[Image.Image], batch_size: int = 64) -> torch.Tensor:
-    """RGB images -> (B, D) fp32 on the CPU, unit length."""
-    return encode(run, [run.layout.image_side()] * len(images), images, batch_size)
+def base_hash(model: Backbone) -> str:
+    """SHA-256 of the names and shapes of a model's tensors, and of the first row of each in bf16.
+
+    The same in whatever layout and shards its files are, in fp32 and in bf16. The model must be as
+    its file is: fp16 would round it otherwise."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        if name == "lm_head.weight":
+            continue  # where it is tied to the embeddings, it has no name of its own
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        row = tensor.detach()[:1].bfloat16().cpu().flatten()
+        digest.update(row.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def encode_text(run: Run, texts: list[str], batch_size: int = 256) -> torch.Tensor:
+# ---- Embeddings: the last hidden state at the summary position, at unit length
+
+
+def encode_image(
+    embedder: Embedder, images: list[Image.Image | torch.Tensor], batch_size: int = 64
+) -> torch.Tensor:
+    """RGB images, or what the processor made of them -> (B, D) fp32 on the CPU, unit length."""
+    rows = [embedder.layout.image_side()] * len(images)
+    return encode(embedder, rows, images, batch_size)
+
+
+def encode_text(embedder: Embedder, texts: list[str], batch_size: int = 256) -> torch.Tensor:
     """Texts -> (B, D) fp32 on the CPU, unit length."""
-    return encode(run, [run.layout.text_side(text) for text in texts], None, batch_size)
+    rows = [embedder.layout.text_side(text) for text in texts]
+    return encode(embedder, rows, None, batch_size)
 
 
 @torch.no_grad()
-def encode(run: Run, rows: list[list[int]], images: list[Image.Image] | None, batch_size: int) -> torch.Tensor:
-    """Token ids that end at the summary position, and an image for each row or for none -> (B, D)."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
-    longest, known = max(map(len, rows), default=0), run.model.config.text.max_position_embeddings
-    if longest > known:
-        raise DataError(f"a text and its prompt are {longest} tokens, the model has {known} positions; shorten it")
-    embeddings = torch.empty(len(rows), run.model.config.text.hidden_size)
-    device = run.model.device
+def encode(
+    embedder: Embedder,
+    rows: list[list[int]],
+    images: list[Image.Image | torch.Tensor] | None,
+    batch_size: int,
+) -> torch.Tensor:
+    """Token ids that end at the summary position, and an image for each row or for none
+    -> (B, D) fp32 on the CPU, unit length.
+
+    Raises InputError for a row that is longer than the model's positions."""
+    model = embedder.model
+    longest = max((len(row) for row in rows), default=0)
+    positions = model.config.text.max_position_embeddings
+    if longest > positions:  # rotary embeddings would go on, to where nothing was trained
+        found = f"a text and its prompt are {longest} tokens, the model has {positions} positions"
+        raise InputError(f"{found}; shorten it")
+    # By length, so that rows of like length share a batch and little of it is padding.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    embeddings = torch.empty(len(rows), model.config.text.hidden_size)
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
-        padded = [torch.tensor(rows[index], device=device) for index in chosen]
-        last = torch.tensor([len(row) - 1 for row in padded], device=device)
-        pixel_values = run.pixel_values([images[index] for index in chosen]) if images else None
-        hidden = run.model(torch.nn.utils.rnn.pad_sequence(padded, batch_first=True), pixel_values)  # (b, T, D)
-        summary = hidden[torch.arange(len(chosen), device=device), last]
+        ids = [torch.tensor(rows[index], device=model.device) for index in chosen]
+        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (b, T)
+        pixel_values = None
+        if images:
+            pixel_values = embedder.pixel_values([images[index] for index in chosen])
+        # No mask: under causal attention nothing sees the padding, which stands behind everything.
+        hidden = model(input_ids, pixel_values)  # (b, T, D)
+        # Never [:, -1]: that is a padded position in all rows but the longest.
+        last = torch.tensor([len(row) - 1 for row in ids], device=model.device)
+        summary = hidden[torch.arange(len(chosen), device=model.device), last]  # (b, D)
+        # In fp32, for bf16 has two to three digits. Written back in the order given.
         embeddings[chosen] = F.normalize(summary.float(), dim=-1).cpu()
     return embeddings
 
 
 class Embeddings:
-    """Embeddings of pictures and captions, each distinct one computed once: distinct by the content of a file, or the
-    words. In a `folder` they are kept, as they are computed, for the same model's next tables: what was interrupted
-    goes on, what was computed takes seconds."""
+    """Embeddings of pictures and captions, each distinct one computed once.
 
-    def __init__(self, run: Run, folder: str | Path | None = None):
-        self.run, self.folder, self.index = run, None, Path(folder or ".") / "files.json"
-        self.known: dict[bytes, torch.Tensor] = {}
-        self.files: dict[str, list] = {}  # of each path its size, time and content's digest
+    Distinct is the content of a file, or the words. In a `folder` they are kept as they are
+    computed, for the same model's next tables: what was interrupted goes on."""
+
+    def __init__(self, embedder: Embedder, folder: str | Path | None = None):
+        self.embedder = embedder
         if folder is None:
-            return
-        self.folder = Path(folder) / fingerprint(run)
-        self.files = read_json(self.index) if self.index.exists() else {}
-        for path in self.folder.glob("*.safetensors"):
-            try:
-                part = load_file(path)
-                self.known.update(zip(map(bytes, part["keys"].numpy()), part["vectors"]))
-            except (SafetensorError, OSError, KeyError) as error:
-                raise DataError(f"{path}: damaged ({error}); delete it, its embeddings are computed again") from None
+            self.kept = KeptEmbeddings()
+        else:
+            # Of each model in a folder of its own: with other weights the vectors are others.
+            self.kept = KeptEmbeddings(Path(folder), fingerprint(embedder))
 
     def images(self, paths: list[Path]) -> torch.Tensor:
-        """Paths of pictures -> (pictures, D)."""
-        before = dict(self.files)
-        keys = [self.digest(path) for path in tqdm(paths, desc="looking at pictures", delay=2, leave=False)]
-        if self.folder and self.files != before:
-            data.write_whole(self.index, json.dumps(self.files))
-        load = lambda path: self.run.processor(open_image(path))  # noqa: E731
-        return self.look_up(keys, paths, 64, "pictures", load, encode_image)
+        """Paths of pictures -> (pictures, D). Raises InputError."""
+        keys = self.kept.keys_of_files(paths)
+        # One batch at a time: what a stop can lose is one batch of them.
+        self.compute_missing(keys, paths, self.encode_files, 64, "pictures")
+        return self.kept.rows(keys)
 
     def texts(self, captions: list[str]) -> torch.Tensor:
-        """Strings -> (captions, D)."""
-        keys = [hashlib.sha256(b"text " + text.encode("utf-8", "replace")).digest() for text in captions]
-        return self.look_up(keys, captions, 2048, "captions", str, encode_text)
+        """Strings -> (captions, D). Raises InputError."""
+        keys = [key_of_text(text) for text in captions]
+        # Several batches at a time, so that sorting by length has something to sort.
+        self.compute_missing(keys, captions, self.encode_captions, 2048, "captions")
+        return self.kept.rows(keys)
 
-    def digest(self, path: Path) -> bytes:
-        """SHA-256 of a file, which is read again only when its size or time has changed."""
-        name = os.path.abspath(path)  # a cache may be used from several folders
-        try:
-            stat = path.stat()
-            if self.files.get(name, [])[:2] != [stat.st_size, stat.st_mtime_ns]:
-                digest = hashlib.sha256()
-                with open(path, "rb") as file:
-                    while block := file.read(2**20):
-                        digest.update(block)
-                self.files[name] = [stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
-        except OSError as error:
-            raise DataError(f"{path}: no such image ({error.strerror})") from None
-        return bytes.fromhex(self.files[name][2])
+    def encode_files(self, paths: list[Path]) -> torch.Tensor:
+        """Pictures are read here, not before: thousands of them would not fit the memory."""
 
-    def look_up(self, keys: list[bytes], items: list, size: int, name: str, load: Callable, encode: Callable):
-        """A row for each item, whose key says what is the same; what is new is loaded and encoded, `size` at a time."""
+        def read(path: Path) -> torch.Tensor:
+            return self.embedder.processor(open_image(path))
+
+        with ThreadPoolExecutor() as threads:
+            pixels = list(threads.map(read, paths))
+        return encode_image(self.embedder, pixels)
+
+    def encode_captions(self, captions: list[str]) -> torch.Tensor:
+        return encode_text(self.embedder, captions)
+
+    def compute_missing(
+        self, keys: list[bytes], items: list, encode: Callable, at_a_time: int, name: str
+    ) -> None:
+        """Encode the items whose keys are not known, and keep each part as soon as it is there."""
         if not items:
-            raise DataError(f"there are no {name} to embed")
-        new = list({key: item for key, item in zip(keys, items) if key not in self.known}.items())
-
-        def read_and_encode(some: list) -> torch.Tensor:
-            with ThreadPoolExecutor() as threads:
-                return encode(self.run, list(threads.map(load, some)))
-
-        for start in tqdm(range(0, len(new), size), desc=f"embedding {len(new)} {name}", delay=2, leave=False):
-            part = dict(new[start : start + size])
-            vectors = self.share([*part.values()], read_and_encode)
-            if not vectors.isfinite().all():
-                raise DataError(f"embeddings of {name} are not finite; the model has diverged, or overflows in fp16")
-            self.known.update(zip(part, vectors))
-            if self.folder:
-                digests = torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8).view(len(part), -1)
-                path = self.folder / f"{next(iter(part)).hex()}.safetensors"
-                data.write_whole(path, partial(save_file, {"keys": digests, "vectors": vectors}))
-        return torch.stack([self.known[key] for key in keys])
+            raise InputError(f"there are no {name} to embed")
+        missing = {}  # one item for each key: copies are computed once
+        for key, item in zip(keys, items):
+            if key not in self.kept:
+                missing[key] = item
+        new_keys = list(missing)
+        starts = range(0, len(new_keys), at_a_time)
+        label = f"embedding {len(new_keys)} {name}"
+        for start in tqdm(starts, desc=label, delay=2, leave=False):
+            part = new_keys[start : start + at_a_time]
+            vectors = self.share([missing[key] for key in part], encode)
+            if not vectors.isfinite().all():  # every comparison with NaN is false, so it is no tie
+                cause = "the model has diverged, or overflows in fp16"
+                raise InputError(f"embeddings of {name} are not finite; {cause}")
+            self.kept.add(part, vectors)
 
     def share(self, items: list, encode: Callable) -> torch.Tensor:
-        """encode(items), of which each process does a part; all get all. Every part is of one length, the last ones
-        begin again: sharded layers meet in each forward pass."""
-        if not dist.is_initialized():
+        """encode(items) -> (items, D), of which each process computes a part and all get all.
+
+        Every part is of one length, for sharded layers meet in each forward pass: where the items
+        do not go round, the first ones are computed again."""
+        processes = world_size()
+        if processes == 1:
             return encode(items)
-        rank, world = dist.get_rank(), dist.get_world_size()
-        rounds = math.ceil(len(items) / world)
-        mine = encode([items[i % len(items)] for i in range(rank, rounds * world, world)]).to(self.run.model.device)
-        dist.all_gather(parts := [torch.empty_like(mine) for _ in range(world)], mine)
-        return torch.stack(parts, dim=1).flatten(0, 1)[: len(items)].cpu()
+        rounds = math.ceil(len(items) / processes)
+        places = range(rank(), rounds * processes, processes)
+        mine = encode([items[place % len(items)] for place in places])  # (rounds, D)
+        vectors = gather_rows(mine.to(self.embedder.model.device))  # (processes * rounds, D)
+        # From one process after another to the order of the items.
+        vectors = vectors.unflatten(0, (processes, rounds)).transpose(0, 1).flatten(0, 1)
+        return vectors[: len(items)].cpu()
 
 
-def fingerprint(run: Run) -> str:
-    """Names what an embedding depends on besides its input: the settings, the prompts, the tokenizer, the preparation
-    of pixels, and every tensor, by its sums along each axis."""
-    p, layout, lora = run.processor, run.layout, [getattr(each, "config", 0) for each in adapters(run.model).values()]
-    digest = hashlib.sha256(repr([layout.image_side(), layout.text_side(""), run.is_adapted]).encode())
-    digest.update(repr([p.size, p.resized, p.resample, p.table.tolist(), run.model.config, lora]).encode())
-    digest.update(run.tokenizer.tokenizer.to_str().encode())
-    for name, tensor in run.model.state_dict().items():
-        bits = tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for sums in [bits.sum(axis, dtype=torch.int64) for axis in range(bits.ndim)] if bits.ndim > 1 else [bits]:
-            digest.update(sums.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def fingerprint(embedder: Embedder) -> str:
+    """A name for what an embedding depends on besides its input: the settings, the prompts, the
+    tokenizer, the preparation of pixels, and every tensor."""
+    layout = embedder.layout
+    processor = embedder.processor
+    model = embedder.model
+    prompts = [layout.image_side(), layout.text_side(""), embedder.is_adapted]
+    lora_configs = [getattr(each, "config", 0) for each in adapters(model).values()]
+    pixels = [processor.size, processor.resized, processor.resample, processor.table.tolist()]
+    settings = [
+        repr(prompts),
+        repr([*pixels, model.config, lora_configs]),
+        layout.tokenizer.tokenizer.to_str(),
+    ]
+    tensors = model.state_dict()
+    tensors.pop("log_scale", None)  # the loss's temperature is in no embedding
+    return fingerprint_of(tensors, settings)
 
 
-# ---- Metrics, all in percent. A tie never counts as a success: equal embeddings must not score by luck.
-def recall_at_k(scores: torch.Tensor, image_of_text: torch.Tensor, ks=(1, 5, 10)) -> dict[str, float]:
-    """Retrieval in both directions; ties are counted against the model.
-    scores (texts, images), image_of_text (texts,): the image that each text describes -> "t2i_r1", ...: texts whose
-    image is among the k best of all images, "i2t_r1", ...: images with a text among the k best of all texts."""
-    own = scores.gather(1, image_of_text[:, None])  # (texts, 1)
-    t2i_rank = (scores >= own).sum(dim=1) - 1
-    best = scores.new_full((scores.shape[1],), -torch.inf).scatter_reduce(0, image_of_text, own[:, 0], "amax")
-    as_good = torch.zeros_like(best).index_add(0, image_of_text, (own[:, 0] == best[image_of_text]).to(best.dtype))
-    i2t_rank = ((scores >= best).sum(dim=0) - as_good)[best > -torch.inf]  # of images that have a text
-    ranks = {"t2i": t2i_rank, "i2t": i2t_rank}
-    return {f"{way}_r{k}": percent(rank < k) for way, rank in ranks.items() for k in ks}
+# ---- Metrics, all in percent. A tie never counts as a success: equal embeddings must not score by
+# luck, and a model that says the same of everything must score nothing.
 
 
-def percent(correct: torch.Tensor) -> float:  # of True in a boolean tensor
+def recall_at_k(
+    scores: torch.Tensor, image_of_text: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    """Retrieval in both directions, as the literature counts it.
+
+    Args:
+        scores: (texts, images), similarities.
+        image_of_text: (texts,), the image that each text describes.
+    Returns:
+        "t2i_r1", ...: texts whose image is among the k best of all images.
+        "i2t_r1", ...: images with one of their texts among the k best of all texts."""
+    # The rank of an answer is the number of wrong ones that score at least as high: >=, not >, so
+    # that a tie counts as lost.
+    own_score = scores.gather(1, image_of_text[:, None])  # (texts, 1)
+    t2i_rank = (scores >= own_score).sum(dim=1) - 1  # without the right image itself
+
+    # An image may have several texts: the best of them is its answer, and none of them is wrong.
+    i2t_rank = []
+    for image in image_of_text.unique():  # an image without a text is not asked for one
+        of_all_texts = scores[:, image]
+        of_own_texts = of_all_texts[image_of_text == image]
+        best = of_own_texts.max()
+        i2t_rank.append((of_all_texts >= best).sum() - (of_own_texts >= best).sum())
+    i2t_rank = torch.stack(i2t_rank)
+
+    recalls = {}
+    for direction, ranks in (("t2i", t2i_rank), ("i2t", i2t_rank)):
+        for k in ks:
+            # Rank 0 is the first place.
+            recalls[f"{direction}_r{k}"] = percent(ranks < k)
+    return recalls
+
+
+def percent(correct: torch.Tensor) -> float:
+    """The share of True in a boolean tensor."""
     return 100 * correct.double().mean().item()
 
 
+def similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cosine similarities of row i with row i, both (B, D) of unit length -> (B,)."""
+    return (a * b).sum(-1)
+
+
 def retrieval(embeddings: Embeddings, items: list[tuple[Path, list[str]]]) -> dict[str, float]:
-    """Flickr30k, COCO, nocaps: `items` are (image, its captions); all images and all captions compete."""
-    images = embeddings.images([path for path, _ in items])
-    texts = embeddings.texts([text for _, captions in items for text in captions])
-    image_of_text = torch.tensor([index for index, (_, captions) in enumerate(items) for _ in captions])
-    return recall_at_k(texts @ images.T, image_of_text)
+    """Flickr30k, COCO, nocaps: all images and all captions compete.
+
+    items: (image, its captions); an image without captions is one more to be mistaken for."""
+    paths = []
+    texts = []
+    image_of_text = []
+    for number, (path, captions) in enumerate(items):
+        paths.append(path)
+        texts += captions
+        image_of_text += [number] * len(captions)
+    image_embeddings = embeddings.images(paths)  # (images, D)
+    text_embeddings = embeddings.texts(texts)  # (texts, D)
+    return recall_at_k(text_embeddings @ image_embeddings.T, torch.tensor(image_of_text))
 
 
 def sugarcrepe(embeddings: Embeddings, files: dict[str, list[dict]]) -> dict[str, float]:
-    """SugarCrepe (arXiv 2306.14610), the items of each file: the caption must beat its negative, strictly."""
+    """SugarCrepe (arXiv 2306.14610): the caption must beat its negative, strictly.
+
+    files: the items of each of its files; so are the results."""
     result = {}
     for kind, items in files.items():
-        images = embeddings.images([item["image"] for item in items])
-        right, wrong = ((images * embeddings.texts([item[key] for item in items])).sum(-1) for key in PAIR)
-        result[kind] = percent(right > wrong)
+        image = embeddings.images([item["image"] for item in items])
+        caption = embeddings.texts([item["caption"] for item in items])
+        negative = embeddings.texts([item["negative_caption"] for item in items])
+        result[kind] = percent(similarity(image, caption) > similarity(image, negative))
     return result
 
 
 def sugarcrepe_pp(embeddings: Embeddings, files: dict[str, list[dict]]) -> dict[str, float]:
-    """SugarCrepe++ (arXiv 2406.11171). itt: for the image, both captions must beat the negative. tot: by text alone,
-    the two captions must be nearer to each other than either is to the negative."""
+    """SugarCrepe++ (arXiv 2406.11171): two captions that are true in different words.
+
+    itt: for the image, both captions must beat the negative.
+    tot: by text alone, the captions must be nearer to each other than either to the negative."""
     result = {}
     for kind, items in files.items():
         image = embeddings.images([item["image"] for item in items])
-        first, second, negative = (embeddings.texts([item[key] for item in items]) for key in TRIPLE)
-        wrong, pair = (image * negative).sum(-1), (first * second).sum(-1)
-        itt = ((image * first).sum(-1) > wrong) & ((image * second).sum(-1) > wrong)
-        tot = (pair > (first * negative).sum(-1)) & (pair > (second * negative).sum(-1))
-        result |= {f"{kind}_itt": percent(itt), f"{kind}_tot": percent(tot)}
+        first = embeddings.texts([item["caption"] for item in items])
+        second = embeddings.texts([item["caption2"] for item in items])
+        negative = embeddings.texts([item["negative_caption"] for item in items])
+
+        wrong = similarity(image, negative)
+        first_wins = similarity(image, first) > wrong
+        second_wins = similarity(image, second) > wrong
+        result[f"{kind}_itt"] = percent(first_wins & second_wins)
+
+        pair = similarity(first, second)
+        nearer_to_first = pair > similarity(first, negative)
+        nearer_to_second = pair > similarity(second, negative)
+        result[f"{kind}_tot"] = percent(nearer_to_first & nearer_to_second)
     return result
 
 
 def winoground(embeddings: Embeddings, items: list[dict]) -> dict[str, float]:
-    """Winoground (arXiv 2204.03162): two images, two captions of the same words; chance is 25, 25 and 16.7."""
-    images = [embeddings.images([item[f"image_{i}"] for item in items]) for i in range(2)]
-    captions = [embeddings.texts([item[f"caption_{i}"] for item in items]) for i in range(2)]
-    s = [[(caption * image).sum(-1) for image in images] for caption in captions]  # s[caption][image]
-    text = (s[0][0] > s[1][0]) & (s[1][1] > s[0][1])
-    image = (s[0][0] > s[0][1]) & (s[1][1] > s[1][0])
+    """Winoground (arXiv 2204.03162): two images, and two captions of the same words.
+
+    text: each image chooses its caption. image: each caption chooses its image. group: both.
+    Chance is 25, 25 and 16.7."""
+    image_0 = embeddings.images([item["image_0"] for item in items])
+    image_1 = embeddings.images([item["image_1"] for item in items])
+    caption_0 = embeddings.texts([item["caption_0"] for item in items])
+    caption_1 = embeddings.texts([item["caption_1"] for item in items])
+    # The four similarities of each example: two right ones, two wrong ones.
+    right_0 = similarity(caption_0, image_0)
+    right_1 = similarity(caption_1, image_1)
+    caption_0_image_1 = similarity(caption_0, image_1)
+    caption_1_image_0 = similarity(caption_1, image_0)
+    text = (right_0 > caption_1_image_0) & (right_1 > caption_0_image_1)
+    image = (right_0 > caption_0_image_1) & (right_1 > caption_1_image_0)
     return {"text": percent(text), "image": percent(image), "group": percent(text & image)}
 
 
-def imagenet(embeddings: Embeddings, items: tuple, templates: list[str] | None = None) -> dict[str, float]:
-    """Zero-shot classification, as CLIP (arXiv 2103.00020) is tested: a class is the mean of its name's embeddings in
-    all templates (CLIP's 80, if none are given). `items` are a list of (image, class) and the classes' names; classes
-    of one name (ImageNet has some) count as one."""
-    (pictures, names), classes = items, []
-    templates = templates or (ROOT / "docs" / "imagenet_templates.txt").read_text().splitlines()
-    if missing := [template for template in templates if "{}" not in template]:
-        raise DataError(f"--template {missing[0]!r}: has no {{}} where the class's name goes")
-    for start in range(0, len(names), 25):  # of 1,000 classes, 80,000 texts
-        part = [template.replace("{}", name) for name in names[start : start + 25] for template in templates]
-        classes.append(embeddings.texts(part).unflatten(0, (-1, len(templates))).mean(dim=1))
-    classes, label = F.normalize(torch.cat(classes), dim=-1), torch.tensor([index for _, index in pictures])
-    scores = embeddings.images([path for path, _ in pictures]) @ classes.T  # (images, classes)
-    namesakes = torch.tensor([[name == other for other in names] for name in names])[label]
-    rank = ((scores >= scores.gather(1, label[:, None])) & ~namesakes).sum(dim=1)
-    return {f"top{k}": percent(rank < k) for k in (1, 5)}
+def imagenet(
+    embeddings: Embeddings,
+    items: tuple[list[tuple[Path, int]], list[str]],
+    templates: list[str] | None = None,
+) -> dict[str, float]:
+    """Zero-shot classification, as CLIP (arXiv 2103.00020) is tested.
+
+    A class is the mean of its name's embeddings in all templates. Classes of one name (ImageNet has
+    some) count as one.
+
+    Args:
+        items: a list of (image, number of its class), and the classes' names.
+        templates: with {} where the name goes; CLIP's 80 if none are given.
+    Raises:
+        InputError: for a template without {}."""
+    pictures, names = items
+    if not templates:
+        templates = (ROOT / "docs" / "imagenet_templates.txt").read_text().splitlines()
+    for template in templates:
+        if "{}" not in template:
+            raise InputError(f"--template {template!r}: has no {{}} where the class's name goes")
+    class_embeddings = []
+    for start in range(0, len(names), 25):  # ImageNet's 1,000 classes are 80,000 texts
+        texts = []
+        for name in names[start : start + 25]:
+            texts += [template.replace("{}", name) for template in templates]
+        vectors = embeddings.texts(texts)  # (25 * templates, D)
+        vectors = vectors.unflatten(0, (-1, len(templates)))  # (25, templates, D)
+        class_embeddings.append(vectors.mean(dim=1))
+    # A mean of unit vectors is shorter than they are, of each class by another factor.
+    class_embeddings = F.normalize(torch.cat(class_embeddings), dim=-1)  # (classes, D)
+
+    label = torch.tensor([number for _, number in pictures])
+    scores = embeddings.images([path for path, _ in pictures]) @ class_embeddings.T
+    own_score = scores.gather(1, label[:, None])  # (images, 1)
+    # All classes of a name have the number of the first: none of them is a wrong answer.
+    name_number = torch.tensor([names.index(name) for name in names])
+    is_wrong = name_number[label][:, None] != name_number  # (images, classes)
+    rank_of_label = ((scores >= own_score) & is_wrong).sum(dim=1)
+    return {"top1": percent(rank_of_label < 1), "top5": percent(rank_of_label < 5)}
+
+
+# ---- CIDEr-D
 
 
 def cider_d(generated: list[str], references: list[list[str]]) -> dict[str, float]:
-    """CIDEr-D (arXiv 1411.5726) in the usual percent: agreement in the n-grams, n = 1 to 4, that few images share. As
-    in the authors' code, but that words are runs of letters, digits and apostrophes (theirs: Stanford's tokenizer)."""
+    """CIDEr-D (arXiv 1411.5726) in the usual percent: agreement in the n-grams, n = 1 to 4, that
+    few images share.
 
-    def grams(text: str, n: int) -> Counter:
-        words = re.findall(r"[\w']+", text.lower())
-        return Counter(zip(*(words[i:] for i in range(n))))
-
-    def agreement(guess: str, reference: str, n: int, weight: dict) -> float:
-        a, b = grams(guess, n), grams(reference, n)
-        squares = [sum((count * weight.get(gram, rarest)) ** 2 for gram, count in each.items()) for each in (a, b)]
-        common = sum(min(a[gram], count) * count * weight[gram] ** 2 for gram, count in b.items())
-        longer = grams(guess, 2).total() - grams(reference, 2).total()  # in pairs of words, as in the authors' code
-        return math.exp(-(longer**2) / (2 * 6.0**2)) * common / math.sqrt(math.prod(squares) or 1.0)
-
-    total, rarest = 0.0, math.log(len(references))
+    As in the authors' code, but that words are runs of letters, digits and apostrophes (theirs:
+    Stanford's tokenizer). One generated caption an image, one or more references an image."""
+    rarest = math.log(len(references))  # the weight of an n-gram that no reference has
+    total = 0.0
     for n in range(1, 5):
-        images_with = Counter(gram for texts in references for gram in set().union(*(grams(t, n) for t in texts)))
-        weight = {gram: rarest - math.log(count) for gram, count in images_with.items()}
+        weights = ngram_weights(references, n)
         for guess, texts in zip(generated, references, strict=True):
-            total += sum(agreement(guess, text, n, weight) for text in texts) / len(texts)
+            agreements = [cider_agreement(guess, text, n, weights, rarest) for text in texts]
+            total += sum(agreements) / len(texts)
+    # The paper's scores are times 10; the usual percent is times 100 again.
     return {"cider_d": 100 * 10 * total / 4 / len(generated)}
 
 
+def ngrams(text: str, n: int) -> Counter:
+    """How often each run of n words stands in a text."""
+    words = re.findall(r"[\w']+", text.lower())
+    return Counter(zip(*(words[start:] for start in range(n))))
+
+
+def ngram_weights(references: list[list[str]], n: int) -> dict[tuple, float]:
+    """The inverse document frequency of every n-gram: the log of images / images that have it."""
+    images_with = Counter()
+    for texts in references:
+        of_this_image = set()
+        for text in texts:
+            of_this_image.update(ngrams(text, n))
+        images_with.update(of_this_image)
+    log_images = math.log(len(references))
+    return {gram: log_images - math.log(count) for gram, count in images_with.items()}
+
+
+def cider_agreement(guess: str, reference: str, n: int, weights: dict, rarest: float) -> float:
+    """The cosine of two captions' weighted n-grams, less for captions of different lengths."""
+    guessed = ngrams(guess, n)
+    wanted = ngrams(reference, n)
+    guessed_square = sum(
+        (count * weights.get(gram, rarest)) ** 2 for gram, count in guessed.items()
+    )
+    wanted_square = sum((count * weights[gram]) ** 2 for gram, count in wanted.items())
+    # min: saying a word twice is no better (the D in CIDEr-D).
+    common = sum(
+        min(guessed[gram], count) * count * weights[gram] ** 2 for gram, count in wanted.items()
+    )
+    # Length is counted in pairs of words, as in the authors' code; 6 is the paper's sigma.
+    difference = ngrams(guess, 2).total() - ngrams(reference, 2).total()
+    penalty = math.exp(-(difference**2) / (2 * 6.0**2))
+    # A caption of fewer than n words has no n-grams, and no length: then 0 / 1.
+    return penalty * common / math.sqrt(guessed_square * wanted_square or 1.0)
+
+
 # ---- Captions
+
+
 def caption(
-    run: Run, images: list[Image.Image], question: str | None = None, max_new_tokens: int = 256, temperature: float = 0
+    embedder: Embedder,
+    images: list[Image.Image],
+    question: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0,
 ) -> list[str]:
-    """Describe each image, or answer one question about each; greedily unless a temperature is given. Without a
-    question, an adapted model is asked through the image prompt that it was trained to caption with."""
-    layout = run.layout
-    prompt = layout.image_side() if question is None and run.is_adapted else layout.question(question or DESCRIBE)
-    room = room_for_answer(run, prompt, max_new_tokens)
-    answers = run.model.generate([prompt] * len(images), run.pixel_values(images), room, temperature)
-    return [run.tokenizer.decode(answer) for answer in answers]
+    """Describe each image, or answer one question about each; greedily unless a temperature is
+    given. Raises InputError where the question leaves no room for an answer."""
+    prompt = caption_layout(embedder, question).image_side()
+    room = room_for_answer(embedder, prompt, max_new_tokens)
+    pixel_values = embedder.pixel_values(images)
+    answers = embedder.model.generate([prompt] * len(images), pixel_values, room, temperature)
+    return [embedder.tokenizer.decode(answer) for answer in answers]
 
 
-def room_for_answer(run: Run, prompt: list[int], wanted: int) -> int:
-    """As many new tokens as are wanted and as the model has positions for. Raises DataError where there are none."""
-    room = run.model.config.text.max_position_embeddings - len(prompt)
+def caption_layout(embedder: Embedder, question: str | None) -> Layout:
+    """The layout in which an image is followed by the question, or by a request to describe it.
+
+    Without a question, an adapted model is asked through the image prompt that it was trained to
+    caption with."""
+    if question is None and embedder.is_adapted:
+        return embedder.layout
+    return embedder.layout.with_image_prompt(question or DESCRIBE)
+
+
+def room_for_answer(embedder: Embedder, prompt: list[int], wanted: int) -> int:
+    """As many new tokens as are wanted and as the model has positions for. Raises InputError where
+    there are none."""
+    room = embedder.model.config.text.max_position_embeddings - len(prompt)
     if room < 1:
-        raise DataError(f"{len(prompt)} tokens fill the model's positions; ask less, or start a new conversation")
+        found = f"{len(prompt)} tokens fill the model's positions"
+        raise InputError(f"{found}; ask less, or start a new conversation")
     return min(wanted, room)
 
 
 @torch.no_grad()
 def captioning(
-    run: Run, path: Path, images: Path, question: str | None = None, limit: int = 256, score: Callable | None = None
+    embedder: Embedder,
+    path: Path,
+    images: Path,
+    question: str | None = None,
+    limit: int = 256,
+    score: Callable | None = None,
 ) -> dict[str, float]:
-    """Of the first `limit` records, the share of the long captions' tokens that are the likeliest, given the image and
-    all tokens before. `score(generated, references)` may add measures of greedy captions; all there is for files in
-    retrieval's formats (.json), whose captions are short."""
-    layout = run.layout if question is None and run.is_adapted else run.layout.with_image_prompt(question or DESCRIBE)
-    prompt, right, total, generated, references = layout.image_side(), 0, 0, [], []
-    room, is_short = room_for_answer(run, prompt, 128), path.suffix == ".json"
+    """Of the first `limit` records, the share of the long captions' tokens that are the likeliest,
+    given the image and all tokens before: "token_accuracy".
+
+    Files in retrieval's formats (.json) have short captions only: for them there is no accuracy.
+
+    Args:
+        images: the folder of the pictures.
+        question: what to ask, see `caption_layout`.
+        score: score(generated, references) -> more measures, of greedy captions.
+    Raises:
+        InputError: for a file without long captions, a picture that cannot be read."""
+    layout = caption_layout(embedder, question)
+    prompt = layout.image_side()
+    room = room_for_answer(embedder, prompt, 128)
+    is_short = path.suffix == ".json"
     if is_short:
-        items = [item for item in data.read_retrieval(path, images) if item[1]]
+        batches = short_caption_batches(embedder, path, images, limit)
     else:
-        items = data.CaptionDataset(path, layout, run.processor, images)
-    count = min(limit, len(items))
-    for start in tqdm(range(0, count, 64), desc="captioning", delay=2, leave=False):
-        some = range(start, min(start + 64, count))
-        if is_short:
-            pixels, captions = zip(*((run.processor(open_image(items[i][0])), items[i][1]) for i in some))
-        else:
-            samples = [items[i, 0] for i in some]
-            batch = data.collate(samples, layout, micro_batch=32)
-            if batch.skipped:
-                raise DataError(f"{path}: {batch.skipped[0]}")
-            right, total = right + tokens_right(run, batch), total + batch.num_tokens
-            pixels = [sample.pixel_values for sample in samples if sample.long]
-            captions = [[run.tokenizer.decode(sample.long)] for sample in samples if sample.long]
-        if score and pixels:
-            answers = run.model.generate([prompt] * len(pixels), run.pixel_values(pixels), room)
-            generated += [run.tokenizer.decode(answer) for answer in answers]
+        batches = long_caption_batches(embedder, path, images, layout, limit)
+    right = 0
+    total = 0
+    generated = []
+    references = []
+    for pixels, captions, batch in batches:
+        if batch is not None:
+            # Token by token, as the loss counts: a longer caption weighs more.
+            right += tokens_right(embedder, batch)
+            total += batch.num_tokens
+        if score is not None and pixels:
+            pixel_values = embedder.pixel_values(pixels)
+            answers = embedder.model.generate([prompt] * len(pixels), pixel_values, room)
+            generated += [embedder.tokenizer.decode(answer) for answer in answers]
             references += captions
-    if not (is_short or total):
-        raise DataError(f"{path}: no long captions")
-    result = {} if is_short else {"token_accuracy": 100 * right / total}
-    return result | (score(generated, references) if score else {})
+    if not is_short and not total:
+        raise InputError(f"{path}: no long captions")
+    result = {}
+    if not is_short:
+        result["token_accuracy"] = 100 * right / total
+    if score is not None:
+        result.update(score(generated, references))
+    return result
 
 
-def tokens_right(run: Run, batch: data.Batch) -> int:
-    """How many tokens of a batch's long captions are the likeliest, given the image and all tokens before."""
+CaptionBatch = tuple[list[torch.Tensor], list[list[str]], Batch | None]
+
+
+def short_caption_batches(
+    embedder: Embedder, path: Path, images: Path, limit: int
+) -> Iterator[CaptionBatch]:
+    """64 records at a time of a file in retrieval's formats: (pixels, captions of each, None)."""
+    items = [item for item in read_retrieval(path, images) if item[1]]
+    for some in parts_of(min(limit, len(items))):
+        pixels = [embedder.processor(open_image(items[index][0])) for index in some]
+        captions = [items[index][1] for index in some]
+        yield pixels, captions, None
+
+
+def long_caption_batches(
+    embedder: Embedder, path: Path, images: Path, layout: Layout, limit: int
+) -> Iterator[CaptionBatch]:
+    """64 records at a time of a training file: (pixels, long captions, what training sees)."""
+    dataset = CaptionDataset(path, layout, embedder.processor, images)
+    for some in parts_of(min(limit, len(dataset))):
+        # Draw 0: of several long captions always the first, so that a table can be repeated.
+        samples = [dataset[index, 0] for index in some]
+        batch = collate(samples, layout, micro_batch=32)
+        if batch.skipped:  # training may go on without a picture, a table would be of another set
+            raise InputError(f"{path}: {batch.skipped[0]}")
+        described = [sample for sample in samples if sample.long]
+        pixels = [sample.pixel_values for sample in described]
+        captions = [[embedder.tokenizer.decode(sample.long)] for sample in described]
+        yield pixels, captions, batch
+
+
+def parts_of(count: int) -> Iterator[range]:
+    """0 to count - 1, 64 at a time."""
+    for start in tqdm(range(0, count, 64), desc="captioning", delay=2, leave=False):
+        yield range(start, min(start + 64, count))
+
+
+def tokens_right(embedder: Embedder, batch: Batch) -> int:
+    """How many tokens of a batch's long captions are the likeliest, given the image and all tokens
+    before (teacher forcing)."""
+    model = embedder.model
     right = 0
     for chunk in batch.images:
-        chunk = chunk.to(run.model.device)
-        known = chunk.labels != data.IGNORE
-        logits = run.model.logits(run.model(chunk.input_ids, chunk.pixel_values)[known])
-        right += (logits.argmax(-1) == chunk.labels[known]).sum().item()
+        chunk = chunk.to(model.device)
+        # Only positions that have a label meet the head: logits are the largest tensor of all.
+        supervised = chunk.labels != IGNORE
+        hidden = model(chunk.input_ids, chunk.pixel_values)[supervised]  # (N, D)
+        predicted = model.logits(hidden).argmax(-1)  # (N,)
+        right += (predicted == chunk.labels[supervised]).sum().item()
     return right
 
 
-# ---- A set of tests, and how its results are shown
-TESTS = {"retrieval": retrieval, "sugarcrepe": sugarcrepe, "sugarcrepe++": sugarcrepe_pp, "winoground": winoground}
-TESTS["imagenet"] = imagenet
-SUGARCREPE = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
-PAIR, TRIPLE = ("caption", "negative_caption"), ("caption", "caption2", "negative_caption")  # SugarCrepe's, and ++'s
-SIZES = {  # of the published test sets: images and captions, items a file, items, images and classes
-    "retrieval": {(1000, 5000): "Flickr30k", (5000, 25010): "COCO", (5000, 25000): "COCO", (4500, 45000): "nocaps"},
+# ---- A set of tests
+
+
+METRICS = {
+    "retrieval": retrieval,
+    "sugarcrepe": sugarcrepe,
+    "sugarcrepe++": sugarcrepe_pp,
+    "winoground": winoground,
+    "imagenet": imagenet,
+}
+SUGARCREPE = (
+    "replace_obj",
+    "replace_att",
+    "replace_rel",
+    "swap_obj",
+    "swap_att",
+    "add_obj",
+    "add_att",
+)
+SUGARCREPE_PP = SUGARCREPE[:5]  # it has no add_* files
+# How much there is of the published test sets, as `read_test` counts it.
+SIZES = {
+    # images and captions
+    "retrieval": {
+        (1000, 5000): "Flickr30k",
+        (5000, 25010): "COCO",
+        (5000, 25000): "COCO",
+        (4500, 45000): "nocaps",
+    },
+    # items of each file
     "sugarcrepe": {(1652, 788, 1406, 245, 666, 2062, 692): "SugarCrepe"},
     "sugarcrepe++": {(1652, 788, 1406, 245, 666): "SugarCrepe++"},
+    # items
     "winoground": {(400,): "Winoground"},
+    # images and classes
     "imagenet": {(50000, 1000): "ImageNet"},
 }
 
 
-def read_test(name: str, file: Path, images: Path, split="test", captions_per_image=None, classes=None):
-    """One of TESTS from its authors' files: what its function wants, and how much of it there is, as in SIZES."""
+def read_test(
+    name: str,
+    file: Path,
+    images: Path,
+    split: str = "test",
+    captions_per_image: int | None = None,
+    classes: Path | None = None,
+) -> tuple:
+    """One of METRICS from its authors' files: what its function wants, and how much of it there
+    is, as in SIZES. Raises InputError."""
     if name == "retrieval":
-        items = data.read_retrieval(file, images, split, captions_per_image)
-        return items, (len(items), sum(len(captions) for _, captions in items))
+        items = read_retrieval(file, images, split, captions_per_image)
+        num_captions = sum(len(captions) for _, captions in items)
+        return items, (len(items), num_captions)
     if name == "winoground":
-        items = data.read_winoground(file, images)
+        items = read_winoground(file, images)
         return items, (len(items),)
     if name == "imagenet":
-        items = data.read_imagenet(file, classes)
-        return items, tuple(map(len, items))
+        pictures, names = read_imagenet(file, classes)
+        return (pictures, names), (len(pictures), len(names))
     if not file.is_dir():
-        raise DataError(f"{file}: is not a folder; give the one that holds {SUGARCREPE[0]}.json and the other files")
-    kinds, captions = (SUGARCREPE, PAIR) if name == "sugarcrepe" else (SUGARCREPE[:5], TRIPLE)  # ++ has no add_* files
-    items = {kind: data.read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
-    return items, tuple(map(len, items.values()))
+        advice = f"give the one that holds {SUGARCREPE[0]}.json and the other files"
+        raise InputError(f"{file}: is not a folder; {advice}")
+    if name == "sugarcrepe":
+        kinds = SUGARCREPE
+        captions = ("caption", "negative_caption")
+    else:
+        kinds = SUGARCREPE_PP
+        captions = ("caption", "caption2", "negative_caption")
+    files = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
+    return files, tuple(len(items) for items in files.values())
 
 
-def evaluate(embeddings: Embeddings, tests: Path, score: Callable | None = None) -> dict[str, dict[str, float]]:
+def evaluate(
+    embeddings: Embeddings, tests: Path, score: Callable | None = None
+) -> dict[str, dict[str, float]]:
     """Every test that a tests.json names, on one model. For example:
 
     {"retrieval": {"file": "karpathy.json", "images": "images", "split": "test"},
      "sugarcrepe": {"file": "sugar-crepe/data", "images": "val2017"}, "sugarcrepe++": {...},
-     "winoground": {"file": "examples.jsonl", "images": "images"}, "captioning": {"file": "captions.jsonl"}}
+     "winoground": {"file": "examples.jsonl", "images": "images"},
+     "captioning": {"file": "captions.jsonl"}}
 
-    Paths are relative to the file. `score` is `captioning`'s."""
-    run, tables = embeddings.run, {}
+    Paths are relative to the file. `score` is `captioning`'s. Raises InputError."""
+    embedder = embeddings.embedder
+    tables = {}
     for name, settings in read_json(tests).items():
-        known = name in (*TESTS, "captioning")
-        if not known or not isinstance(settings, dict) or not isinstance(settings.get("file"), str):
-            raise DataError(f'{tests}: {name!r} must be one of {", ".join(TESTS)}, captioning, with a "file"')
-        file, images = tests.parent / settings["file"], tests.parent / str(settings.get("images", "."))
-        if name != "captioning":
-            items, _ = read_test(name, file, images, settings.get("split", "test"), classes=settings.get("classes"))
-            tables[name] = TESTS[name](embeddings, items)
+        is_known = name in METRICS or name == "captioning"
+        has_file = isinstance(settings, dict) and isinstance(settings.get("file"), str)
+        if not is_known or not has_file:
+            known = ", ".join(METRICS)
+            raise InputError(f'{tests}: {name!r} must be one of {known}, captioning, with a "file"')
+        file = tests.parent / settings["file"]
+        images = tests.parent / str(settings.get("images", "."))
+        if name == "captioning":
+            tables[name] = captioning_both_ways(embedder, file, images, score)
             continue
-        tables[name] = captioning(run, file, images, score=score)
-        if run.is_adapted:  # and is the plain question still understood?
-            plain = captioning(run, file, images, DESCRIBE, score=score)
-            tables[name] |= {f"describe_{key}": value for key, value in plain.items()}
+        split = settings.get("split", "test")
+        classes = settings.get("classes")
+        if classes is not None:
+            classes = tests.parent / classes
+        items, _ = read_test(name, file, images, split, classes=classes)
+        tables[name] = METRICS[name](embeddings, items)
     return tables
+
+
+def captioning_both_ways(
+    embedder: Embedder, file: Path, images: Path, score: Callable | None
+) -> dict[str, float]:
+    """`captioning`, and of an adapted model whether it still understands the plain question."""
+    table = captioning(embedder, file, images, score=score)
+    if embedder.is_adapted:
+        plain = captioning(embedder, file, images, DESCRIBE, score=score)
+        for key, value in plain.items():
+            table[f"describe_{key}"] = value
+    return table
+
+
+# ---- How results are shown
 
 
 def summary(tables: dict) -> dict[str, float]:
     """The columns of the printed table, as far as they were measured."""
-    r, s, w, c = (tables.get(name, {}) for name in ("retrieval", "sugarcrepe", "winoground", "captioning"))
-    columns = {f"{way.upper()}@{k}": r.get(f"{way}_r{k}") for way in ("t2i", "i2t") for k in (1, 10)}
-    for group in ("replace", "swap", "add"):
-        values = [value for name, value in s.items() if name.startswith(group)]
-        columns[group] = sum(values) / len(values) if values else None
-    columns |= {f"wino {key}": w.get(key) for key in ("text", "image", "group")}
-    columns |= {"tokens": c.get("token_accuracy"), "attributes": c.get("attributes"), "objects": c.get("objects")}
-    columns["described"] = c.get("describe_attributes", c.get("attributes"))  # by the plain question
+    recalls = tables.get("retrieval", {})
+    files = tables.get("sugarcrepe", {})
+    pairs = tables.get("winoground", {})
+    words = tables.get("captioning", {})
+    columns = {
+        "T2I@1": recalls.get("t2i_r1"),
+        "T2I@10": recalls.get("t2i_r10"),
+        "I2T@1": recalls.get("i2t_r1"),
+        "I2T@10": recalls.get("i2t_r10"),
+        "replace": mean_of_files(files, "replace"),
+        "swap": mean_of_files(files, "swap"),
+        "add": mean_of_files(files, "add"),
+        "wino text": pairs.get("text"),
+        "wino image": pairs.get("image"),
+        "wino group": pairs.get("group"),
+        "tokens": words.get("token_accuracy"),
+        "attributes": words.get("attributes"),
+        "objects": words.get("objects"),
+        # By the plain question; a model without adapters is always asked that one.
+        "described": words.get("describe_attributes", words.get("attributes")),
+    }
     return {name: value for name, value in columns.items() if value is not None}
 
 
+def mean_of_files(files: dict[str, float], group: str) -> float | None:
+    """The mean of SugarCrepe's files of a group, as papers give it; None where there are none."""
+    values = [value for name, value in files.items() if name.startswith(group)]
+    return sum(values) / len(values) if values else None
+
+
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """Rows of `summary` under each other."""
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    width = max(map(len, rows))
-    print(" " * width, *(f"{name:>{max(6, len(name))}}" for name in columns))
+    """Rows of `summary` under each other. The row "difference" shows its signs."""
+    widths = {}  # of the columns, in the order in which rows name them
+    for row in rows.values():
+        for name in row:
+            widths[name] = max(6, len(name))
+    label_width = max(len(label) for label in rows)
+    header = [f"{name:>{width}}" for name, width in widths.items()]
+    print(" " * label_width, *header)
     for label, row in rows.items():
-        cells = (f"{row[name]:{'+' if label == 'difference' else ''}.1f}" if name in row else "-" for name in columns)
-        print(f"{label:<{width}}", *(f"{cell:>{max(6, len(name))}}" for cell, name in zip(cells, columns)))
+        sign = "+" if label == "difference" else ""
+        cells = []
+        for name, width in widths.items():
+            cell = f"{row[name]:{sign}.1f}" if name in row else "-"
+            cells.append(f"{cell:>{width}}")
+        print(f"{label:<{label_width}}", *cells)
 
 
 def paper_rows(table: str = "ablation") -> dict[str, dict[str, float]]:
     """The paper's own numbers: of a data set, or of its ablation (table 4)."""
-    return {f"paper: {name}": row for name, row in read_json(ROOT / "docs" / "paper.json")[table].items()}
+    tables = read_json(ROOT / "docs" / "paper.json")
+    return {f"paper: {name}": row for name, row in tables[table].items()}
 
 
-def gallery(path: Path, rows: list[tuple[str, list[tuple[Path, bool, str]]]], size: int = 96) -> None:
-    """A PNG: each row a query, and pictures with what stands below them; the right ones are framed in green."""
-    font, left, columns, step = ImageFont.load_default(13), 330, max(len(found) for _, found in rows), size + 26
-    sheet = Image.new("RGB", (left + columns * (size + 12), len(rows) * step + 6), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (query, found) in enumerate(rows):
-        top, lines = row * step + 6, [""]
-        for word in query.split():
-            longer = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], longer] if draw.textlength(longer, font) < left - 20 else [*lines, word]
-        draw.multiline_text((8, top + 4), "\n".join(lines), fill="black", font=font)
-        for column, (image, right, label) in enumerate(found):
-            x = left + column * (size + 12)
-            draw.rectangle((x - 4, top - 4, x + size + 3, top + size + 3), fill="limegreen" if right else "white")
-            sheet.paste(ImageOps.pad(open_image(image), (size, size), color="gray"), (x, top))
-            draw.text((x, top + size + 3), label, fill="dimgray", font=font)
-    sheet.save(path, "PNG")
+# ---- Commands. The options that several have, which scripts in examples/ share
+
+
+def positive(text: str) -> int:
+    """An argument that must be a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """An argument that must be a finite number of at least 0."""
+    if not 0 <= float(text) < math.inf:  # where it is no number at all, argparse says so
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return float(text)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    model = "LLaVA folder or run of train.py (the untrained toy)"
+    adapters = "use a run's base model, without its adapters"
+    parser.add_argument("--model", default=TOY_MODEL, metavar="DIR", help=model)
+    parser.add_argument("--no-adapters", action="store_true", help=adapters)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (the best one here)")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    # No default here: a run refuses prompts that are given, for it keeps its own.
+    image = "what follows an image (the paper's)"
+    text = "what follows a text (the paper's)"
+    parser.add_argument("--image_prompt", metavar="TEXT", help=image)
+    parser.add_argument("--text_prompt", metavar="TEXT", help=text)
+
+
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    cache = "where embeddings are kept (in the run, or in runs/embeddings)"
+    parser.add_argument("--cache", type=Path, metavar="DIR", help=cache)
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    question = f"what to ask ({DESCRIBE!r}, or the prompt that a run was trained with)"
+    temperature = "0 is greedy (default), above samples"
+    parser.add_argument("--question", help=question)
+    parser.add_argument("--temperature", type=not_negative, default=0.0, help=temperature)
+    parser.add_argument(
+        "--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=8, metavar="N", help="pictures at a time (8)"
+    )
+
+
+def open_embedder(args: argparse.Namespace) -> Embedder:
+    """The model that the options ask for. Raises InputError."""
+    image_prompt = getattr(args, "image_prompt", None)
+    text_prompt = getattr(args, "text_prompt", None)
+    embedder = load_embedder(args.model, args.device, image_prompt, text_prompt)
+    if args.no_adapters:
+        # For good: this program uses no other model.
+        for module in adapters(embedder.model).values():
+            module.enabled = False
+    return embedder
+
+
+def open_embeddings(embedder: Embedder, args: argparse.Namespace) -> Embeddings:
+    """What was embedded before, kept where the options say. Raises InputError."""
+    if args.cache:
+        return Embeddings(embedder, args.cache)
+    # Never in a LLaVA folder: it is the user's, and may be read-only.
+    is_run = (Path(args.model) / "checkpoints").is_dir()
+    beside = Path(args.model) if is_run else Path("runs")
+    return Embeddings(embedder, beside / "embeddings")
+
+
+def check_parent(path: Path | None) -> None:
+    """Before anything is computed: is the folder there, in which the result will be written?"""
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Inside, what a user can mend ends the program with one line instead of a traceback."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- The commands of this file
+
+
+def caption_command(embedder: Embedder, args: argparse.Namespace) -> None:
+    """Captions, or answers, a few pictures at a time."""
+    starts = range(0, len(args.pictures), args.batch)
+    # Each batch is read, answered and printed before the next: the first answer comes soon.
+    for start in tqdm(starts, desc="captions", disable=len(starts) < 2):
+        paths = args.pictures[start : start + args.batch]
+        images = [open_image(path) for path in paths]
+        answers = caption(embedder, images, args.question, args.max_new_tokens, args.temperature)
+        for path, answer in zip(paths, answers):
+            tqdm.write(f"{path}: {answer}")
+
+
+def captioning_command(embedder: Embedder, args: argparse.Namespace) -> None:
+    """`captioning` on a training file, or on one in retrieval's formats."""
+    most = f"the first {args.limit:,} records, where there are as many"
+    print(f"{args.file}: {most}; --limit N takes more")
+    images = args.images or args.file.parent
+
+    def measure() -> dict[str, float]:
+        return captioning(embedder, args.file, images, args.question, args.limit, cider_d)
+
+    rows = measure_rows(embedder, measure, args.both)
+    print_table(rows)  # the paper has no such table
+    write_rows(rows, args)
+
+
+def table_command(embedder: Embedder, args: argparse.Namespace) -> None:
+    """One of METRICS on its authors' files, the paper's rows below."""
+    name = args.command
+    images = args.images
+    if images is None:
+        images = args.file if args.file.is_dir() else args.file.parent
+    items, sizes = read_test(
+        name, args.file, images, args.split, args.captions_per_image, args.classes
+    )
+    # Said first: on fewer items the paper's numbers below mean nothing.
+    dataset = print_sizes(name, args.file, sizes)
+
+    def measure() -> dict[str, float]:
+        # Opened anew each time: with --both the base model has embeddings of its own.
+        embeddings = open_embeddings(embedder, args)
+        if name == "imagenet":
+            return imagenet(embeddings, items, args.template)
+        return METRICS[name](embeddings, items)
+
+    rows = measure_rows(embedder, measure, args.both)
+    print_table({**rows, **paper_rows(dataset)})
+    write_rows(rows, args)
+    if name == "sugarcrepe":
+        print_means(rows["this model"], sizes)
+
+
+def print_sizes(name: str, file: Path, sizes: tuple[int, ...]) -> str:
+    """Say how much there is, and whether as much as was published -> the data set's name."""
+    published = SIZES[name]
+    dataset = published.get(sizes)
+    if dataset is not None:
+        known = f"as many as in {dataset}"
+    else:
+        known = f"NOT as published: {list(published)}"
+        dataset = next(iter(published.values()))
+    count = " + ".join(f"{size:,}" for size in sizes)
+    print(f"{file}: {count} items, {known}; the paper's rows: on {dataset}")
+    return dataset
+
+
+def print_means(row: dict[str, float], sizes: tuple[int, ...]) -> None:
+    """The means of SugarCrepe's files: by group as papers give them, of all files, of all items."""
+    means = summary({"sugarcrepe": row})
+    means["all files"] = sum(row.values()) / len(row)
+    weighted = [value * size for value, size in zip(row.values(), sizes)]
+    means["all items"] = sum(weighted) / sum(sizes)
+    print("means: " + ", ".join(f"{key} {value:.1f}" for key, value in means.items()))
+
+
+def measure_rows(embedder: Embedder, measure: Callable[[], dict], both: bool) -> dict[str, dict]:
+    """What `measure` finds on the model; with `both`, before it on its base model, and the
+    difference. Raises InputError."""
+    rows = {}
+    if both:
+        if not embedder.is_adapted:
+            advice = "a plain model has nothing to compare"
+            raise InputError(f"--both: needs a run of train.py with its adapters; {advice}")
+        with adapters_disabled(embedder.model):
+            rows["base model"] = measure()
+    rows["this model"] = measure()
+    if both:
+        base = rows["base model"]
+        rows["difference"] = {key: value - base[key] for key, value in rows["this model"].items()}
+    return rows
+
+
+def write_rows(rows: dict[str, dict], args: argparse.Namespace) -> None:
+    if args.json:
+        args.json.write_text(json.dumps({args.command: rows}, indent=2) + "\n")
+
+
+# ---- Arguments
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    text = "describe pictures, or answer one question about each"
+    command = commands.add_parser("caption", help=text, description=text)
+    command.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE", help="pictures")
+    add_answer_options(command)
+    add_model_options(command)
+    command.set_defaults(function=caption_command, json=None)
+
+    text = "Flickr30k, COCO, nocaps (Karpathy's, COCO's or BLIP's JSON): R@1, 5, 10 both ways; "
+    text += "a tie counts as lost"
+    command = commands.add_parser("retrieval", help=text, description=text)
+    add_table_options(command)
+    add_images_option(command)
+    some = "the first N only; 5 makes COCO's 25,010 25,000"
+    command.add_argument("--split", default="test", help="Karpathy's split (test)")
+    command.add_argument("--captions_per_image", type=positive, metavar="N", help=some)
+
+    text = "its seven files: the caption must beat its negative, strictly"
+    command = commands.add_parser("sugarcrepe", help=text, description=text)
+    add_table_options(command)
+    add_images_option(command)
+
+    text = "its five files: ITT and TOT"
+    command = commands.add_parser("sugarcrepe++", help=text, description=text)
+    add_table_options(command)
+    add_images_option(command)
+
+    text = "its examples.jsonl: text, image and group score"
+    command = commands.add_parser("winoground", help=text, description=text)
+    add_table_options(command)
+    add_images_option(command)
+
+    text = "zero-shot classes of a folder of folders: top 1 and 5"
+    command = commands.add_parser("imagenet", help=text, description=text)
+    add_table_options(command)
+    names = "names in the order of the folders, one a line, or JSON"
+    template = '"a photo of a {}.", can be repeated (CLIP\'s 80)'
+    command.add_argument("--classes", type=Path, metavar="FILE", help=names)
+    command.add_argument("--template", action="append", metavar="TEXT", help=template)
+
+    text = "long captions' tokens predicted right (our training format), "
+    text += "CIDEr-D (that, or retrieval's formats)"
+    command = commands.add_parser("captioning", help=text, description=text)
+    add_file_options(command)
+    add_images_option(command)
+    command.add_argument("--question", help="what to ask, as for caption")
+    limit = "records, from the first on (256)"
+    command.add_argument("--limit", type=positive, default=256, metavar="N", help=limit)
+    add_model_options(command)
+    command.set_defaults(function=captioning_command)
+    return parser
+
+
+def add_file_options(command: argparse.ArgumentParser) -> None:
+    file = "the authors' file, or the folder of their files or classes"
+    command.add_argument("file", type=Path, metavar="FILE", help=file)
+    both = "a run's base model too, and the difference"
+    command.add_argument("--both", action="store_true", help=both)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
+
+
+def add_images_option(command: argparse.ArgumentParser) -> None:
+    images = "folder of the pictures (beside the file)"
+    command.add_argument("--images", type=Path, metavar="DIR", help=images)
+
+
+def add_table_options(command: argparse.ArgumentParser) -> None:
+    add_file_options(command)
+    add_model_options(command)
+    add_prompt_options(command)
+    add_cache_option(command)
+    command.set_defaults(function=table_command)
+    # What only some of the tests have as options.
+    command.set_defaults(images=None, split="test", captions_per_image=None, classes=None)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    with errors_in_one_line():
+        check_parent(args.json)
+        embedder = open_embedder(args)
+        args.function(embedder, args)
 
 
 if __name__ == "__main__":
-    from examples.commands import main  # what is at the top of this file; nothing here needs it
-
     main()

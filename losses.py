@@ -1,48 +1,63 @@
-"""The losses, as pure functions. Each stands here twice: first the reference, ten lines that read like the paper's
-equation, and right below it the fast version, which takes the same arguments and gives the same value and gradients.
+"""The losses of VladVA, as pure functions of tensors.
 
-    reference                  fast                         what the fast one never holds
-    contrastive_loss           tiled_contrastive_loss       B x B similarities
-    cross_entropy_of_logits    linear_cross_entropy         N x V logits
-    backward_whole             backward_cached              the activations of more than one chunk
+    contrastive_loss     short captions: an image and its caption find each other among all others
+    cross_entropy        long captions: every next token, given the image and the tokens before
 
-Axes: B pairs in the global batch, b in a chunk, N supervised tokens, D hidden, V vocabulary.
+Change them here: training calls these two. Below each stands its twin for large batches or large
+vocabularies, with the same arguments, values and gradients. `train.py` uses the twin only as long
+as both agree, so an edit of the plain form is never overruled (see fast/__init__.py).
+
+    plain                twin                        what the twin never holds at once
+    contrastive_loss     tiled_contrastive_loss      B x B similarities
+    cross_entropy        linear_cross_entropy        N x V logits
+
+Axes: B pairs in the global batch, N supervised tokens, D hidden, V vocabulary.
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # label of a position that is not supervised
+IGNORE = -100  # the label of a position that is not supervised
 
 
 def at_least_fp32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---- Contrastive loss
+# ---- Contrastive loss: short captions
+
+
 def contrastive_loss(image_embeddings, text_embeddings, scale):
-    """Symmetric InfoNCE: every image must find its text among all texts of the batch, and every text its image.
-    Paper, equation 1; arXiv 2103.00020. Where nothing is learned yet the loss is about log B.
+    """Symmetric InfoNCE: each image must find its text among all texts of the batch, and each
+    text its image. Paper, equation 1 (which is the sum of both directions, without the half;
+    the half is CLIP's, arXiv 2103.00020). Where nothing is learned yet the loss is about log B.
 
     Args:
-        image_embeddings, text_embeddings: (B, D), row i of both belongs together; normalised here.
-        scale: 1 / temperature, a number or a scalar tensor."""
-    images, texts = (F.normalize(at_least_fp32(x), dim=-1) for x in (image_embeddings, text_embeddings))
-    similarity = scale * images @ texts.T  # (B, B)
-    target = torch.arange(len(images), device=images.device)
-    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        image_embeddings, text_embeddings: (B, D), row i of both belongs together; any length.
+        scale: 1 / temperature, a number or a scalar tensor.
+    Returns: a scalar, in fp32 or more."""
+    images = F.normalize(at_least_fp32(image_embeddings), dim=-1)
+    texts = F.normalize(at_least_fp32(text_embeddings), dim=-1)
+    similarity = scale * images @ texts.T  # (B, B): cosine similarity over the temperature
+    target = torch.arange(len(images), device=images.device)  # the partner of row i is column i
+    image_to_text = F.cross_entropy(similarity, target)
+    text_to_image = F.cross_entropy(similarity.T, target)
+    return (image_to_text + text_to_image) / 2
 
 
 def tiled_contrastive_loss(image_embeddings, text_embeddings, scale, tile: int = 512):
-    """`contrastive_loss` in strips of `tile` rows: the similarities of one strip are all that is held at a time.
+    """`contrastive_loss` that holds the similarities of `tile` images at a time.
 
-    With r_i = log sum_j exp(s_ij) over row i and c_j the same over column j, the loss is mean_i (r_i + c_i) / 2 - s_ii.
-    One sweep over the strips yields r and c; the backward pass computes each strip again, for
-    dL/ds_ij = (exp(s_ij - r_i) + exp(s_ij - c_j) - 2 [i = j]) / 2B: four matrix products, where two cross-entropies
-    of two similarity matrices take six."""
-    images, texts = (F.normalize(at_least_fp32(x), dim=-1) for x in (image_embeddings, text_embeddings))
+    With r_i = log sum_j exp(s_ij) over row i, and c_j the same over column j, the loss is
+    mean_i (r_i + c_i) / 2 - s_ii. One sweep over the tiles gives r and c. The backward pass
+    computes each tile again, for
+
+        dL/ds_ij = (exp(s_ij - r_i) + exp(s_ij - c_j) - 2 [i = j]) / 2B
+
+    That is four matrix products, where two cross-entropies of two matrices take six."""
+    images = F.normalize(at_least_fp32(image_embeddings), dim=-1)
+    texts = F.normalize(at_least_fp32(text_embeddings), dim=-1)
     scale = torch.as_tensor(scale, dtype=images.dtype, device=images.device)
     return TiledInfoNCE.apply(images, texts, scale, tile)
 
@@ -50,171 +65,112 @@ def tiled_contrastive_loss(image_embeddings, text_embeddings, scale, tile: int =
 class TiledInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, texts, scale, tile):
-        rows, columns = images.new_empty(len(images)), images.new_full((len(images),), -torch.inf)
-        for first in range(0, len(images), tile):
-            similarity = (scale * images[first : first + tile]) @ texts.T  # (tile, B)
-            rows[first : first + tile] = similarity.logsumexp(1)
+        B = len(images)
+        rows = images.new_empty(B)
+        columns = images.new_full((B,), -torch.inf)
+        for first in range(0, B, tile):
+            strip = slice(first, first + tile)
+            similarity = (scale * images[strip]) @ texts.T  # (tile, B)
+            rows[strip] = similarity.logsumexp(1)
             columns = torch.logaddexp(columns, similarity.logsumexp(0))
-            del similarity  # before the next one
+            del similarity  # before the next one is made
         ctx.save_for_backward(images, texts, scale, rows, columns)
         ctx.tile = tile
-        return ((rows + columns) / 2 - scale * torch.linalg.vecdot(images, texts)).mean()
+        own = scale * torch.linalg.vecdot(images, texts)  # (B,) the diagonal
+        return ((rows + columns) / 2 - own).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         images, texts, scale, rows, columns = ctx.saved_tensors
-        image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)
-        for first in range(0, len(images), ctx.tile):
+        B = len(images)
+        image_gradient = torch.empty_like(images)
+        text_gradient = torch.zeros_like(texts)
+        for first in range(0, B, ctx.tile):
             strip = slice(first, first + ctx.tile)
             similarity = (scale * images[strip]) @ texts.T
+            # dL/ds of this strip, in place wherever it can be.
             weights = (similarity - columns).exp_()
             weights += similarity.sub_(rows[strip, None]).exp_()
             weights.diagonal(offset=first).sub_(2)
-            weights *= gradient * scale / (2 * len(images))
+            weights *= gradient * scale / (2 * B)
             torch.mm(weights, texts, out=image_gradient[strip])
             text_gradient.addmm_(weights.T, images[strip])
             del similarity, weights
-        # s_ij = scale * <image_i, text_j>: the sum of dL/ds_ij * s_ij is also that of <dL/dimage_i, image_i>.
-        return image_gradient, text_gradient, torch.linalg.vecdot(image_gradient, images).sum() / scale, None
+        # s_ij is scale * <image_i, text_j>, so the sum of dL/ds_ij * s_ij over all i and j
+        # is also the sum of <dL/dimage_i, image_i>.
+        scale_gradient = torch.linalg.vecdot(image_gradient, images).sum() / scale
+        return image_gradient, text_gradient, scale_gradient, None
 
 
-def process() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# ---- Autoregressive loss: long captions
 
 
-def gather_with_gradient(rows):
-    """The rows (b, D) of all processes, in order of rank, (B, D); ranks may bring different numbers of them.
-
-    Every process computes the loss of the whole batch, so the gradient of its own rows is complete as it is: nothing
-    is exchanged in the backward pass, and the parameters' gradients are to be summed over the processes (but the
-    temperature's, which is complete on every one)."""
-    return GatherRows.apply(rows) if dist.is_initialized() else rows
-
-
-class GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows):
-        count = torch.tensor([len(rows)], device=rows.device)
-        counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
-        dist.all_gather(counts, count)
-        counts = torch.cat(counts).tolist()
-        padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))  # all ranks must send alike
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        first = sum(counts[: dist.get_rank()])
-        ctx.own = slice(first, first + len(rows))
-        return torch.cat([part[:count] for part, count in zip(parts, counts)])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient[ctx.own]
-
-
-# ---- Autoregressive loss
-def cross_entropy_of_logits(hidden, weight, labels, num_tokens):
-    """Next-token cross-entropy of the long captions: paper, equation 2.
+def cross_entropy(hidden, weight, labels, num_tokens):
+    """Next-token cross-entropy of the long captions. Paper, equation 2.
 
     Args:
         hidden: (..., D), hidden states after the final norm.
         weight: (V, D), the language model's head.
-        labels: (...), the token that follows each position, IGNORE where it is not supervised.
-        num_tokens: what the sum is divided by, the supervised tokens of the whole global batch: a mean over each part
-            of a batch would weigh the tokens of parts with few of them more."""
+        labels: (...), the token that follows each position; IGNORE where it is not supervised.
+        num_tokens: what the sum is divided by: the supervised tokens of the WHOLE global batch.
+            A mean over each part of a batch would weigh the tokens of parts with few of them more.
+    Returns: a scalar, in fp32 or more."""
     supervised = labels != IGNORE
-    logits = at_least_fp32(F.linear(hidden[supervised], weight))  # (N, V): only rows that have a label meet the head
-    return F.cross_entropy(logits, labels[supervised], reduction="sum") / max(num_tokens, 1)
+    # Only positions that have a label meet the head: logits are the largest tensor of all.
+    logits = at_least_fp32(F.linear(hidden[supervised], weight))  # (N, V)
+    total = F.cross_entropy(logits, labels[supervised], reduction="sum")
+    return total / max(num_tokens, 1)
 
 
 def linear_cross_entropy(hidden, weight, labels, num_tokens, chunk_bytes: int = 2**27):
-    """`cross_entropy_of_logits` that holds the logits of a few rows at a time: as many as fit `chunk_bytes` in fp32,
-    but no fewer than 256, for small products are slow ones. Their gradient is computed while they are there."""
+    """`cross_entropy` that holds the logits of a few positions at a time.
+
+    As many rows as fit `chunk_bytes` in fp32, but no fewer than 256, for small products are slow
+    ones. Their gradient is computed while they are there."""
     supervised = labels != IGNORE
     rows = max(256, chunk_bytes // (4 * len(weight)))
-    loss = LinearCrossEntropy.apply(hidden[supervised], weight, labels[supervised], rows, torch.is_grad_enabled())
-    return loss / max(num_tokens, 1)
+    with_gradient = torch.is_grad_enabled()
+    total = LinearCrossEntropy.apply(
+        hidden[supervised], weight, labels[supervised], rows, with_gradient
+    )
+    return total / max(num_tokens, 1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, rows, with_gradient):
-        needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
+        needs_hidden = with_gradient and ctx.needs_input_grad[0]
+        needs_weight = with_gradient and ctx.needs_input_grad[1]
         loss = at_least_fp32(hidden.new_zeros(()))
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=loss.dtype) if needs_weight else None
         for first in range(0, len(labels), rows):
             part = slice(first, first + rows)
-            logits, label = at_least_fp32(hidden[part] @ weight.T), labels[part, None]  # (rows, V), (rows, 1)
+            label = labels[part, None]  # (rows, 1)
+            logits = at_least_fp32(hidden[part] @ weight.T)  # (rows, V)
             logits -= logits.amax(-1, keepdim=True)
             right = logits.gather(1, label)
             total = logits.exp_().sum(-1, keepdim=True)
             loss += (total.log() - right).sum()
-            if needs_hidden or needs_weight:  # dL/dlogits = softmax - one hot, in their place
-                logits = logits.div_(total).scatter_add_(1, label, -torch.ones_like(total)).to(hidden.dtype)
+            if needs_hidden or needs_weight:
+                # dL/dlogits = softmax - one hot, in the place of the logits.
+                logits = logits.div_(total).scatter_add_(1, label, -torch.ones_like(total))
+                logits = logits.to(hidden.dtype)
             if needs_hidden:
                 torch.mm(logits, weight, out=hidden_gradient[part])
             if needs_weight:
                 weight_gradient += logits.T @ hidden[part]
-            del logits  # before the next ones
+            del logits  # before the next ones are made
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        scaled = [None if saved is None else saved * gradient for saved in ctx.saved_tensors]
-        return *scaled, None, None, None
-
-
-# ---- Both, and their gradients over a batch that came in chunks
-def vladva_loss(contrastive, autoregressive, contrastive_weight: float = 1.0, autoregressive_weight: float = 1.0):
-    """The total: both losses in every batch. The paper does not report weights; 1 and 1 are ours."""
-    return contrastive_weight * contrastive + autoregressive_weight * autoregressive
-
-
-def backward_whole(chunks, embed, forward, contrast, weights=(1.0, 1.0)):
-    """Add the gradients of `vladva_loss` over all chunks to the parameters'; the activations of all are held at once.
-
-    Args:
-        chunks: parts of one batch; `embed` and `forward` get one of them at a time.
-        embed: chunk -> embeddings (b, D), by the shortest way (used by `backward_cached` alone).
-        forward: chunk -> the same embeddings, and the chunk's share of the autoregressive loss.
-        contrast: a list of the embeddings of all chunks -> the contrastive loss.
-        weights: of the contrastive and of the autoregressive loss. A contrastive weight of 0 never calls `contrast`.
-    Returns: both losses, without weights."""
-    embeddings, shares = zip(*replayed(forward, chunks, torch.randint(2**62, (len(chunks),))))
-    autoregressive = sum(shares)
-    contrastive = contrast(embeddings) if weights[0] else torch.zeros_like(autoregressive)
-    vladva_loss(contrastive, autoregressive, *weights).backward()
-    return contrastive.detach(), autoregressive.detach()
-
-
-def backward_cached(chunks, embed, forward, contrast, weights=(1.0, 1.0)):
-    """`backward_whole` that holds the activations of one chunk at a time: the gradient cache, arXiv 2101.06983."""
-    seeds = torch.randint(2**62, (len(chunks),))
-    gradients, contrastive, autoregressive = [0.0] * len(chunks), torch.zeros(()), 0.0
-    if weights[0]:
-        # 1. The embeddings of the whole batch, without anything kept for a backward pass.
-        with torch.no_grad():
-            leaves = [embeddings.requires_grad_() for embeddings in replayed(embed, chunks, seeds)]
-
-        # 2. The gradient of the contrastive loss in embedding space.
-        contrastive = contrast(leaves)
-        (weights[0] * contrastive).backward()
-        gradients = [embeddings.grad for embeddings in leaves]
-
-    # 3. Chunk by chunk once more. By the chain rule the gradient of a parameter w is the sum over the rows of
-    # <gradient, d embedding / d w>: that of the surrogate, whose value means nothing.
-    for gradient, (embeddings, share) in zip(gradients, replayed(forward, chunks, seeds)):
-        surrogate = (embeddings * gradient).sum()
-        (surrogate + weights[1] * share).backward()
-        autoregressive += share.detach()
-    return contrastive.detach(), autoregressive
-
-
-def replayed(function, chunks, seeds):
-    """What `function` makes of one chunk after another, with the random numbers, so the dropout masks, of its seed."""
-    for chunk, seed in zip(chunks, seeds.tolist()):
-        torch.manual_seed(seed)
-        yield function(chunk)
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        if hidden_gradient is not None:
+            hidden_gradient = hidden_gradient * gradient
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient * gradient
+        return hidden_gradient, weight_gradient, None, None, None

@@ -1,37 +1,34 @@
-"""LLaVA in pure PyTorch: a vision tower, a two-layer projector, a language model. Images and ids in, hidden states out.
+"""LLaVA in pure PyTorch: a vision tower, a projector, a language model.
 
     model = Llava.from_pretrained("llava-1.5-7b-hf", dtype=torch.bfloat16, device="cuda")
-    hidden = model(input_ids, pixel_values)                          # (B, T, D), after the final norm
-    answers = model.generate([[1, 3148, 1001, ...]], pixel_values)   # lists of token ids
+    hidden = model(input_ids, pixel_values)                         # (B, T, D), after the norm
+    answers = model.generate([[1, 3148, 1001, ...]], pixel_values)  # lists of token ids
 
-One class per box of the diagram, from the bottom up. Attributes carry the names of Hugging Face's parameters, so that
-loading is a renaming of prefixes and nothing else; what is read and what is refused is at the end of the file.
+Images and token ids go in, hidden states come out. One class per box of the diagram, from the
+bottom up: configuration, vision tower, projector, language model, cache, LLaVA. Attributes carry
+the names of Hugging Face's parameters, so that loading is a renaming of prefixes and nothing else
+(formats/hf.py does it). What the other modules need of a model is written in backbones/__init__.py.
 
-Axes: B batch, T tokens, S cached tokens, N image tokens, D hidden, H heads, K key/value heads, V vocabulary.
+Axes: B batch, T tokens, S cached tokens, N image tokens, D hidden, H heads, K key/value heads,
+V vocabulary.
 """
 
-import json
-import re
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names the file, what was found and what to do."""
+from formats import hf
 
 
-# ---- Configuration: Hugging Face's keys and defaults, as released config.json files omit what equals a default.
+# ---- Configuration ----
+# Hugging Face's keys and defaults: a released config.json leaves out what equals a default.
 @dataclass
 class VisionConfig:
-    """A CLIP or SigLIP vision tower; these are CLIP's defaults, what differs for SigLIP is in `DEFAULTS`."""
+    """A CLIP or SigLIP vision tower. The defaults are CLIP's; formats/hf.py knows SigLIP's."""
 
     model_type: str = "clip_vision_model"
     hidden_size: int = 768
@@ -44,15 +41,37 @@ class VisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
-    # CLIP has a class token and a norm before the first layer, SigLIP a bias on the patch embedding.
-    is_clip = property(lambda self: self.model_type == "clip_vision_model")
-    # Of one image: its patches, and CLIP's class token in front of them.
-    num_states = property(lambda self: (self.image_size // self.patch_size) ** 2 + self.is_clip)
+    @property
+    def is_clip(self) -> bool:
+        """CLIP has a class token and a norm before the first layer; SigLIP has neither."""
+        return self.model_type == "clip_vision_model"
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_states(self) -> int:
+        """Hidden states of one image: its patches, and CLIP's class token in front of them."""
+        patches = (self.image_size // self.patch_size) ** 2
+        return patches + 1 if self.is_clip else patches
+
+
+def clip_large_336() -> VisionConfig:
+    """CLIP ViT-L/14 at 336 pixels: LLaVA-1.5's tower, and that of a file that names none."""
+    return VisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
 
 
 @dataclass
 class TextConfig:
-    """A LLaMA or Qwen2 language model; these are LLaMA's defaults, what differs for Qwen2 is in `DEFAULTS`."""
+    """A LLaMA or Qwen2 language model. The defaults are LLaMA's; formats/hf.py knows Qwen2's."""
 
     model_type: str = "llama"
     vocab_size: int = 32000
@@ -71,206 +90,300 @@ class TextConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-
-
-# What an absent key means, where it differs from the dataclasses above.
-QWEN2 = {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
-SIGLIP = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-VISION, TEXT = {"clip_vision_model": {}, "siglip_vision_model": SIGLIP}, {"llama": {}, "qwen2": QWEN2}
-DEFAULTS = {VisionConfig: VISION, TextConfig: TEXT}
-CLIP_LARGE_336 = VisionConfig("clip_vision_model", 1024, 4096, 24, 16, 3, 336, 14)  # where vision_config is absent
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
-ACTIVATIONS["quick_gelu"] = lambda x: x * torch.sigmoid(1.702 * x)  # "gelu" is the exact (erf) form
+        if not self.num_key_value_heads:
+            self.num_key_value_heads = self.num_attention_heads
+        if not self.head_dim:
+            self.head_dim = self.hidden_size // self.num_attention_heads
 
 
 @dataclass
 class LlavaConfig:
-    vision: VisionConfig = field(default_factory=lambda: replace(CLIP_LARGE_336))
+    vision: VisionConfig = field(default_factory=clip_large_336)
     text: TextConfig = field(default_factory=TextConfig)
     image_token_id: int = 32000
-    pad_token_id: int | None = None
+    pad_token_id: int | None = None  # kept for the file: padding is never looked at here
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
-    vision_feature_layer: int = -2
-    vision_feature_select_strategy: str = "default"
+    vision_feature_layer: int = -2  # the last layer of CLIP serves CLIP's own task, not LLaVA's
+    vision_feature_select_strategy: str = "default"  # or "full", with the class token
     eos_token_ids: tuple[int, ...] = (2,)  # generation stops at any of them
 
-    # Hidden state 0 is the tower's input, hidden state i the output of layer i - 1.
-    num_vision_layers = property(lambda self: self.vision_feature_layer % (self.vision.num_hidden_layers + 1))
+    @property
+    def num_vision_layers(self) -> int:
+        """Layers up to LLaVA's feature layer, which may be counted from the end.
+
+        Hidden state 0 is the tower's input, hidden state i the output of layer i - 1."""
+        num_hidden_states = self.vision.num_hidden_layers + 1
+        return self.vision_feature_layer % num_hidden_states
 
     @property
-    def num_image_tokens(self) -> int:  # positions of one image in `input_ids`: 576 in LLaVA-1.5
-        return self.vision.num_states - (self.vision_feature_select_strategy == "default")
+    def num_image_tokens(self) -> int:
+        """Positions that one image takes in `input_ids`: 576 in LLaVA-1.5."""
+        # "default" leaves out the first state, whatever it is: CLIP's class token.
+        if self.vision_feature_select_strategy == "default":
+            return self.vision.num_states - 1
+        return self.vision.num_states
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "LlavaConfig":
-        """Read `folder`/config.json, and the stop tokens of generation_config.json. Raises CheckpointError."""
-        path = Path(folder) / "config.json"
-        raw = read_json(path)
-        refuse_unsupported(path, raw)
-        v = read_section(VisionConfig, path, "vision_config", raw, absent=vars(CLIP_LARGE_336))
-        t = read_section(TextConfig, path, "text_config", raw, absent={})
-        t.tie_word_embeddings |= raw.get("tie_word_embeddings") is True  # a tied head is announced at either level
-        stops = read_stop_tokens(Path(folder) / "generation_config.json", raw.get("text_config") or {})
-        raw = {"image_token_id": raw.get("image_token_index")} | raw  # the old name of the key; the new one wins
-        config = read_fields(cls, f"{path}: ", raw, vision=v, text=t, eos_token_ids=stops)
-        act, strategy = config.projector_hidden_act, config.vision_feature_select_strategy
-        layer, image = config.vision_feature_layer, config.image_token_id
-        rules = {  # what is said of a rule that does not hold
-            f"hidden_act {v.hidden_act!r} or {act!r} is unknown": {v.hidden_act, act} <= ACTIVATIONS.keys(),
-            f"text_config.hidden_act {t.hidden_act!r} is not 'silu'": t.hidden_act == "silu",
-            f"vision_feature_select_strategy {strategy!r} is unknown": strategy in ("default", "full"),
-            f"vision heads do not divide {v.hidden_size}": v.hidden_size % v.num_attention_heads == 0,
-            f"{t.num_key_value_heads} key/value heads do not fit": t.num_attention_heads % t.num_key_value_heads == 0,
-            f"head_dim {t.head_dim} is not even, rotary embeddings need it": t.head_dim % 2 == 0 < t.head_dim,
-            f"patch_size {v.patch_size} > image_size {v.image_size}": v.patch_size <= v.image_size,
-            "more than 1000 layers": max(v.num_hidden_layers, t.num_hidden_layers) <= 1000,
-            f"no vision layer {layer}": 0 < abs(layer) <= v.num_hidden_layers,
-            f"image_token_index {image} is not a token": 0 < image < t.vocab_size,
-        }
-        if faults := [fault for fault, holds in rules.items() if not holds]:
-            raise CheckpointError(f"{path}: " + "; ".join(faults))
+        """Read config.json, and the stop tokens of generation_config.json. Raises InputError."""
+        config = hf.read_llava_config(Path(folder), cls, VisionConfig, TextConfig)
+        hf.check_llava_config(Path(folder), config, ACTIVATIONS)
         return config
 
-    def to_dict(self) -> dict:  # the config.json of a Hugging Face LLaVA folder
-        ours = ("vision", "text", "image_token_id", "eos_token_ids")
-        raw = {key: value for key, value in vars(self).items() if key not in ours}
-        raw |= {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-        raw |= {"image_token_index": self.image_token_id, "image_seq_length": self.num_image_tokens}
-        raw |= {"vision_config": vars(self.vision) | {"vision_use_head": False}}  # LLaVA has no pooling head
-        raw |= {"text_config": vars(self.text) | {"eos_token_id": next(iter(self.eos_token_ids), None)}}
-        return raw | {"tie_word_embeddings": self.text.tie_word_embeddings}
+    def to_dict(self) -> dict:
+        """The content of a Hugging Face config.json."""
+        return hf.llava_config_to_dict(self)
 
 
-# ---- Vision tower. CLIP: github.com/openai/CLIP (model.py); SigLIP: arXiv 2303.15343. Patches attend both ways.
-def heads(x, head_dim: int):  # (B, T, H * head_dim) -> (B, H, T, head_dim)
+def quick_gelu(x):
+    """The approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,  # the exact one, by erf
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+}
+
+
+def split_heads(x, head_dim: int):
+    """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+# ---- Vision tower ----
+# CLIP: arXiv 2103.00020, github.com/openai/CLIP (model.py). SigLIP: arXiv 2303.15343.
+class VisionEmbeddings(nn.Module):
+    """An image -> a sequence of patches that know their places."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.hidden_size
+        # A convolution whose stride is its size is one linear layer for all patches.
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            D,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=not config.is_clip,
+        )
+        self.position_embedding = nn.Embedding(config.num_states, D)
+        # The class token sums up the image for CLIP. LLaVA-1.5 leaves it out, but patches see it.
+        self.class_embedding = None
+        if config.is_clip:
+            self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
+
+    def forward(self, pixel_values):
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        x = self.patch_embedding(pixel_values)  # (B, D, rows, columns)
+        x = x.flatten(2).transpose(1, 2)  # (B, patches, D), row by row
+        if self.class_embedding is not None:
+            class_token = self.class_embedding.expand(len(x), 1, -1)  # (B, 1, D)
+            x = torch.cat([class_token, x], dim=1)
+        return x + self.position_embedding.weight
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention in which every patch sees every patch."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
+
+    def forward(self, x):
+        q = split_heads(self.q_proj(x), self.head_dim)  # (B, H, N, head_dim)
+        k = split_heads(self.k_proj(x), self.head_dim)
+        v = split_heads(self.v_proj(x), self.head_dim)
+        y = F.scaled_dot_product_attention(q, k, v)  # no mask: an image has no order
+        y = y.transpose(1, 2).flatten(2)  # (B, N, D)
+        return self.out_proj(y)
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        D, hidden, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
-        self.head_dim, self.activation = D // config.num_attention_heads, ACTIVATIONS[config.hidden_act]
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps=eps), nn.LayerNorm(D, eps=eps)
-        self.self_attn = nn.ModuleDict({name: nn.Linear(D, D) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, hidden), "fc2": nn.Linear(hidden, D)})
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
 
     def forward(self, x):
-        attention, y = self.self_attn, self.layer_norm1(x)
-        q, k, v = (heads(proj(y), self.head_dim) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-        x = x + attention.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
+        h = x + self.self_attn(self.layer_norm1(x))
+        return h + self.mlp(self.layer_norm2(h))
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig, num_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(num_layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class VisionTower(nn.Module):
-    """A vision transformer that ends at LLaVA's feature layer: what lies behind is neither held nor computed."""
+    """A vision transformer that ends at LLaVA's feature layer.
+
+    The layers behind it are neither held nor computed, and no norm follows."""
 
     def __init__(self, config: VisionConfig, num_layers: int):
         super().__init__()
-        self.config, D, P = config, config.hidden_size, config.patch_size
-        self.embeddings, self.encoder = nn.Module(), nn.Module()  # names in the checkpoint, nothing more
-        self.embeddings.patch_embedding = nn.Conv2d(config.num_channels, D, P, stride=P, bias=not config.is_clip)
-        self.embeddings.position_embedding = nn.Embedding(config.num_states, D)
-        if config.is_clip:  # whose checkpoints spell it "layrnorm"
-            self.embeddings.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
-        self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps) if config.is_clip else nn.Identity()
-        self.encoder.layers = nn.Sequential(*(VisionLayer(config) for _ in range(num_layers)))
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config, num_layers)
+        # The name is misspelled in CLIP's checkpoints.
+        self.pre_layrnorm = nn.Identity()
+        if config.is_clip:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values):
-        """pixel_values (B, 3, image_size, image_size) -> the feature layer's hidden state (B, patches (+ 1), D)."""
-        if pixel_values.shape[-2:] != (self.config.image_size,) * 2:
-            raise ValueError(f"pixel_values {tuple(pixel_values.shape)} are not {self.config.image_size} pixels square")
-        x = self.embeddings.patch_embedding(pixel_values.to(self.embeddings.patch_embedding.weight.dtype))
-        x = x.flatten(2).transpose(1, 2)  # (B, patches, D), row by row
-        if self.config.is_clip:
-            x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
-        return self.encoder.layers(self.pre_layrnorm(x + self.embeddings.position_embedding.weight))
+        """The feature layer's hidden states.
+
+        pixel_values: (B, 3, image_size, image_size), normalised; cast to the tower's dtype.
+        Returns (B, patches, D), with CLIP (B, 1 + patches, D).
+        Raises ValueError for images of another size."""
+        size = self.config.image_size
+        if pixel_values.shape[-2:] != (size, size):
+            found = tuple(pixel_values.shape)
+            raise ValueError(f"pixel_values {found} are not {size} pixels square")
+        x = self.embeddings(pixel_values)
+        x = self.pre_layrnorm(x)
+        return self.encoder(x)
 
 
-class MultiModalProjector(nn.Module):  # from the vision tower's width to the language model's: arXiv 2310.03744
+# ---- Projector ----
+class MultiModalProjector(nn.Module):
+    """From the vision tower's width to the language model's (LLaVA-1.5: arXiv 2310.03744)."""
+
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        D, bias = config.text.hidden_size, config.multimodal_projector_bias
-        self.linear_1, self.linear_2 = nn.Linear(config.vision.hidden_size, D, bias=bias), nn.Linear(D, D, bias=bias)
+        D = config.text.hidden_size
+        bias = config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(config.vision.hidden_size, D, bias=bias)
         self.activation = ACTIVATIONS[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(D, D, bias=bias)
 
     def forward(self, features):
         return self.linear_2(self.activation(self.linear_1(features)))
 
 
-# ---- Language model: LLaMA (arXiv 2302.13971); Qwen2 is the same with biases on q, k and v.
+# ---- Language model ----
+# LLaMA: arXiv 2302.13971. Qwen2 (arXiv 2407.10671) is the same with biases on q, k and v.
 def rotary_embedding(positions, head_dim: int, theta: float, dtype: torch.dtype):
-    """Cosine and sine of every position's angles, in fp32 until the last cast (RoPE, arXiv 2104.09864).
-    positions (B or 1, T) -> two tensors (B or 1, 1, T, head_dim), the angles twice, the first half's sine negated."""
+    """Cosines and sines by which `rotate` turns queries and keys (RoPE, arXiv 2104.09864).
+
+    positions: (B or 1, T). Returns two tensors (B or 1, 1, T, head_dim) in `dtype`. Each angle
+    stands there twice, as two numbers turn by it; the first half of the sines is negated."""
+    # The angles need fp32: bf16 cannot tell position 256 from 257.
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[:, None, :, None].float() / theta**exponents  # (B or 1, 1, T, head_dim / 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+    cos = angles.cos()
+    sin = angles.sin()
+    cos = torch.cat([cos, cos], dim=-1)
+    sin = torch.cat([-sin, sin], dim=-1)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x[i], x[i + head_dim / 2]); Hugging Face's weights are laid out for halves, not neighbours."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    """Turn each pair (x[i], x[i + head_dim / 2]) of queries or keys by its position's angle.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin). The paper pairs neighbours; Hugging Face's
+    weights are laid out for pairs half a head apart.
+    x: (B, H, T, head_dim), cos and sin of `rotary_embedding`. Returns the shape of x."""
+    partner = x.roll(x.shape[-1] // 2, dims=-1)  # x with its halves swapped
+    # This is x * cos + partner * sin, rounded once less, without a tensor for the second product.
+    return torch.addcmul(x * cos, partner, sin)
 
 
-def project(x, *layers):
-    """One input through several linear layers; LoRA's layers (lora.py) do it at once."""
-    at_once = all(hasattr(layer, "project") for layer in layers)
-    return layers[0].project(x, layers) if at_once else [layer(x) for layer in layers]
+class Attention(nn.Module):
+    """Causal attention; several query heads may share keys and values (GQA, arXiv 2305.13245)."""
+
+    def __init__(self, config: TextConfig, layer_index: int):
+        super().__init__()
+        D = config.hidden_size
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.layer_index = layer_index  # this layer's place in a cache
+        self.head_dim = config.head_dim
+        self.is_grouped = config.num_attention_heads != config.num_key_value_heads
+        # Qwen2's config.json does not mention its biases.
+        has_bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(D, query_size, bias=has_bias)
+        self.k_proj = nn.Linear(D, key_size, bias=has_bias)
+        self.v_proj = nn.Linear(D, key_size, bias=has_bias)
+        self.o_proj = nn.Linear(query_size, D, bias=config.attention_bias)
+
+    def forward(self, x, cos, sin, cache=None):
+        q = split_heads(self.q_proj(x), self.head_dim)  # (B, H, T, head_dim)
+        k = split_heads(self.k_proj(x), self.head_dim)  # (B, K, T, head_dim)
+        v = split_heads(self.v_proj(x), self.head_dim)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        # Without a mask, attention is causal by a flag: that is the fast kernel.
+        mask = None
+        if cache is not None:
+            # Now k and v also hold what was seen before: (B, K, S, head_dim). The mask is
+            # (B, 1, T, S), or None as long as there is nothing before.
+            k, v, mask = cache.update(self.layer_index, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped
+        )
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H * head_dim)
+        return self.o_proj(y)
 
 
-def made_of(function, *inputs):
-    """function(*inputs) with its recipe: who needs it for gradients makes it again. It must not be changed in place."""
-    result = function(*inputs)
-    if not torch.compiler.is_compiling():  # the compiler decides for itself what to keep
-        result.recipe = function, inputs
-    return result
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
 
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        D = config.hidden_size
+        hidden = config.intermediate_size
+        self.gate_proj = nn.Linear(D, hidden, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, hidden, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(hidden, D, bias=config.mlp_bias)
 
-class SwiGLU(torch.autograd.Function):  # silu(gate) * up (arXiv 2002.05202), which keeps nothing but its inputs
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, layer_index: int):
         super().__init__()
-        D, hidden, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.grouped = head_dim, H != K
-        self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
-        sizes = {"q_proj": H * head_dim, "k_proj": K * head_dim, "v_proj": K * head_dim}
-        bias = config.attention_bias or config.model_type == "qwen2"
-        self.self_attn = nn.ModuleDict({name: nn.Linear(D, size, bias=bias) for name, size in sizes.items()})
-        self.self_attn["o_proj"] = nn.Linear(H * head_dim, D, bias=config.attention_bias)
-        self.post_attention_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
-        shapes = {"gate_proj": (D, hidden), "up_proj": (D, hidden), "down_proj": (hidden, D)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=config.mlp_bias) for name, shape in shapes.items()})
+        # Norms stand in front of what they feed, so that x itself runs through all layers.
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_index)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None, layer=0):
-        x = x + self.attend(made_of(self.input_layernorm, x), cos, sin, cache, layer)
-        gate, up = project(made_of(self.post_attention_layernorm, x), self.mlp.gate_proj, self.mlp.up_proj)
-        gated = F.silu(gate) * up if torch.compiler.is_compiling() else made_of(SwiGLU.apply, gate, up)
-        return x + self.mlp.down_proj(gated)
-
-    def attend(self, x, cos, sin, cache, layer):
-        attention = self.self_attn
-        q, k, v = (heads(y, self.head_dim) for y in project(x, attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
-        if cache is not None:
-            k, v, mask = cache.update(layer, k, v)  # (B, K, S, head_dim) and (B, 1, T, S), no mask on first use
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return attention.o_proj(x.transpose(1, 2).flatten(2))
+    def forward(self, x, cos, sin, cache=None):
+        h = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class LanguageModel(nn.Module):
@@ -278,58 +391,111 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpoint_layers = 0  # the first layers keep only their input, and are computed again for the gradients
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # So many of the first layers keep only their input for the backward pass, and compute the
+        # rest a second time: less memory, more time.
+        self.checkpoint_layers = 0
 
     def forward(self, x, cache=None):
-        """Embeddings (B, T, D) -> hidden states (B, T, D) after the final norm; with a cache, they continue its rows.
-        Attention is causal and needs no padding mask, as padding stands on the RIGHT: no real token sees it."""
-        positions = torch.arange(x.shape[1], device=x.device)[None] if cache is None else cache.extend(x.shape[1])
-        cos, sin = rotary_embedding(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        """Embeddings (B, T, D) -> hidden states (B, T, D) after the final norm.
+
+        With a cache, x continues its rows. There is no padding mask: padding stands on the RIGHT,
+        and as attention is causal, no real token sees it."""
+        T = x.shape[1]
+        if cache is None:
+            positions = torch.arange(T, device=x.device)[None]  # (1, T)
+        else:
+            positions = cache.extend(T)  # (B, T)
+        # All layers turn by the same angles.
+        cos, sin = rotary_embedding(
+            positions, self.config.head_dim, self.config.rope_theta, x.dtype
+        )
         for index, layer in enumerate(self.layers):
             if index < self.checkpoint_layers and torch.is_grad_enabled():
-                layer = partial(checkpoint, layer, use_reentrant=False)  # reentrant, LoRA would get no gradient
-            x = layer(x, cos, sin, cache, index)
+                # The reentrant kind would give LoRA no gradient, as its input x needs none.
+                x = checkpoint(layer, x, cos, sin, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cache)
         return self.norm(x)
 
 
+# ---- Cache ----
 class KVCache:
-    """Keys and values of the tokens that a batch of conversations has seen. `tokens[b]` are the ids that row b holds;
-    rows may differ in length: what lies behind a row's last token is padding, masked out and overwritten later."""
+    """Keys and values of the tokens that a batch of conversations has seen.
 
-    def __init__(self, config: TextConfig, batch_size: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, 0, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    `tokens[b]` are the ids that row b holds, and rows may differ in length. What lies behind a
+    row's last token is padding: it is masked out, and the row's next tokens overwrite it.
+
+    keys, values: (layers, B, K, capacity, head_dim)."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        layers = config.num_hidden_layers
+        shape = (layers, batch_size, config.num_key_value_heads, 0, config.head_dim)
+        # Empty: `reserve` makes room when it is known how much is needed.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        # What `extend` tells the layers' `update` about the tokens that come now.
+        self.positions = None  # (B, T)
+        self.end = 0  # slots in use
+        self.mask = None  # (B, 1, T, S), or None
 
-    def reserve(self, capacity: int) -> None:  # tokens a row, at once, so that generation need not grow at every step
-        if (extra := capacity - self.keys.shape[3]) > 0:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, extra)) for x in (self.keys, self.values))
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens a row at once; growing at every step would copy all."""
+        extra = capacity - self.keys.shape[3]
+        if extra > 0:
+            self.keys = F.pad(self.keys, (0, 0, 0, extra))
+            self.values = F.pad(self.values, (0, 0, 0, extra))
 
     def extend(self, T: int):
-        """Announce T new tokens a row -> their positions (B, T). `tokens` is the caller's to update afterwards."""
-        lengths = torch.tensor([len(row) for row in self.tokens], device=self.keys.device)
-        self.positions = lengths[:, None] + torch.arange(T, device=lengths.device)
-        self.end = max(map(len, self.tokens)) + T
+        """Announce T new tokens a row -> their positions (B, T).
+
+        The caller adds those that are not padding to `tokens`, after the forward pass."""
+        device = self.keys.device
+        lengths = [len(row) for row in self.tokens]
+        starts = torch.tensor(lengths, device=device)
+        self.positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+        self.end = max(lengths) + T
         self.reserve(self.end)
-        slots = torch.arange(self.end, device=lengths.device)
-        # (B, 1, T, S), or none: with nothing cached, attention among the new tokens is plainly causal, the fast path.
-        self.mask = slots <= self.positions[:, None, :, None] if any(self.tokens) else None
+        self.mask = None
+        # With nothing cached, attention among the new tokens is plainly causal: the fast path.
+        if any(lengths):
+            slots = torch.arange(self.end, device=device)
+            self.mask = slots <= self.positions[:, None, :, None]  # (B, 1, T, S)
         return self.positions
 
-    def update(self, layer: int, key, value):
-        """Store key and value (B, K, T, head_dim) of one layer -> all keys and values to attend to, and their mask."""
-        rows = torch.arange(len(self.tokens), device=key.device)[:, None]
-        self.keys[layer][rows, :, self.positions] = key.transpose(1, 2)
-        self.values[layer][rows, :, self.positions] = value.transpose(1, 2)
+    def update(self, layer_index: int, key, value):
+        """Store one layer's new keys and values, and return what its queries attend to.
+
+        key, value: (B, K, T, head_dim).
+        Returns all keys and values (B, K, S, head_dim) and their mask (B, 1, T, S), True where a
+        query may look. With nothing cached before, the new ones and None."""
+        keys = self.keys[layer_index]
+        values = self.values[layer_index]
+        rows = torch.arange(len(self.tokens), device=key.device)[:, None]  # (B, 1)
+        # Two indices with a slice between them: their axes (B, T) come first, then K.
+        keys[rows, :, self.positions] = key.transpose(1, 2)
+        values[rows, :, self.positions] = value.transpose(1, 2)
         if self.mask is None:
             return key, value, None
-        return self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end], self.mask
+        return keys[:, :, : self.end], values[:, :, : self.end], self.mask
 
 
-# ---- LLaVA: arXiv 2304.08485.
+# ---- LLaVA ----
 class Llava(nn.Module):
+    """LLaVA (arXiv 2304.08485): image features take the places of image tokens among the words."""
+
+    config_class = LlavaConfig
+
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
@@ -340,31 +506,52 @@ class Llava(nn.Module):
         if config.text.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
-    device = property(lambda self: self.lm_head.weight.device)
-    dtype = property(lambda self: self.lm_head.weight.dtype)
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
 
     def image_features(self, pixel_values):
-        """pixel_values (images, 3, height, width) -> what takes the place of the image tokens (images, N, D)."""
-        states = self.vision_tower(pixel_values)[:, -self.config.num_image_tokens :]  # CLIP's class token may stay out
+        """pixel_values (images, 3, image_size, image_size) -> features (images, N, D)."""
+        states = self.vision_tower(pixel_values)
+        states = states[:, -self.config.num_image_tokens :]  # CLIP's class token may stay out
         return self.multi_modal_projector(states)
 
     def forward(self, input_ids, pixel_values=None, image_features=None, cache=None):
-        """ids (and images) -> hidden states (B, T, D) after the final norm; those at padding are meaningless.
-        input_ids: (B, T) int64, padded on the right with 0; the image token's id once per image feature.
-        pixel_values: (images, 3, image_size, image_size) in reading order, or their image_features: (images, N, D).
-        cache: holds what stands in front of input_ids; the caller extends its `tokens` by what was not padding."""
-        embeddings = self.language_model.embed_tokens(input_ids)
+        """Hidden states (B, T, D) after the final norm; those at padding are meaningless.
+
+        input_ids: (B, T) int64, padded on the right with any id but the image token's, which
+            stands there once per image feature.
+        pixel_values: (images, 3, image_size, image_size), all images in reading order; or
+        image_features: (images, N, D), where they were computed before.
+        cache: a KVCache of what stands in front of input_ids. The caller adds to its `tokens` what
+            was not padding.
+        Raises ValueError where image tokens and image features differ in number."""
+        embeddings = self.language_model.embed_tokens(input_ids)  # (B, T, D)
         if pixel_values is not None:
             image_features = self.image_features(pixel_values)
         if image_features is not None:
-            is_image = input_ids == self.config.image_token_id
-            places, features = int(is_image.sum()), image_features[..., 0].numel()
-            if places != features:
-                raise ValueError(f"input_ids have {places} image tokens for {features} image features")
-            embeddings = embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
+            embeddings = self.insert_images(input_ids, embeddings, image_features)
         return self.language_model(embeddings, cache)
 
-    def logits(self, hidden):  # (..., D) -> (..., V), of the next token
+    def insert_images(self, input_ids, embeddings, image_features):
+        """Put the image features, in order, where `input_ids` has image tokens."""
+        is_image = input_ids == self.config.image_token_id  # (B, T)
+        # A wrong number would shift features into other images' places without a word.
+        num_places = int(is_image.sum())
+        num_features = image_features.shape[:-1].numel()
+        if num_places != num_features:
+            raise ValueError(
+                f"input_ids have {num_places} image tokens for {num_features} image features"
+            )
+        # Places and features are both in reading order: one copy serves all rows and images.
+        return embeddings.masked_scatter(is_image[..., None], image_features.to(embeddings.dtype))
+
+    def logits(self, hidden):
+        """Hidden states (..., D) -> scores of the next token (..., V)."""
         return self.lm_head(hidden)
 
     def new_cache(self, batch_size: int) -> KVCache:
@@ -372,259 +559,150 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], pixel_values=None, max_new_tokens: int = 128, temperature: float = 0.0,
-        top_p: float = 1.0, generator: torch.Generator | None = None, cache: KVCache | None = None
-    ) -> list[list[int]]:  # fmt: skip
-        """Continue each prompt up to a stop token (config.eos_token_ids) or max_new_tokens -> each row's new ids.
-        prompts: token ids, rows of any lengths, image tokens expanded; pixel_values: their images in reading order.
-        temperature: 0 picks the likeliest token (greedy), above samples, among those that together hold top_p > 0.
-        cache: from `new_cache`; pass the whole conversation: what is cached is not computed again, nor its images."""
-        cache = cache if cache is not None else self.new_cache(len(prompts))
-        new = [prompt[len(seen) :] for prompt, seen in zip(prompts, cache.tokens, strict=True)]
-        if any(not row or seen + row != prompt for row, seen, prompt in zip(new, cache.tokens, prompts)):
-            raise ValueError("a prompt must begin with the tokens that the cache holds, and go on behind them")
-        longest, known = max(map(len, prompts)) + max_new_tokens, self.config.text.max_position_embeddings
-        if longest > known:
-            raise ValueError(f"prompt and {max_new_tokens} new tokens need {longest} positions, the model has {known}")
-        cache.reserve(longest)
-        if pixel_values is None and any(self.config.image_token_id in row for row in new):
-            raise ValueError("the prompts hold image tokens, but there are no pixel_values")
-        answers, running = [[] for _ in prompts], range(len(prompts))
+        self,
+        prompts: list[list[int]],
+        pixel_values=None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        cache: KVCache | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt up to a stop token (config.eos_token_ids) or max_new_tokens.
+
+        prompts: token ids, rows of any lengths, with an image token for every image feature.
+        pixel_values: (images, 3, image_size, image_size), the images in reading order.
+        temperature, top_p, generator: see `choose_tokens`; at 0 it takes the likeliest token.
+        cache: from `new_cache`, for several turns. The prompts are then whole conversations: what
+            the cache holds is not computed again, and images in it are not given again.
+        Returns each row's new ids, without the stop token. Raises ValueError for prompts that do
+        not fit the cache, the model's positions or the images."""
+        if cache is None:
+            cache = self.new_cache(len(prompts))
+        new_tokens = uncached_tokens(prompts, cache)
+        self.check_prompts(prompts, new_tokens, pixel_values, max_new_tokens)
+        longest = max(len(prompt) for prompt in prompts)
+        cache.reserve(longest + max_new_tokens)
+
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))  # the rows that have not met a stop token
         for _ in range(max_new_tokens):
-            input_ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], batch_first=True).to(self.device)
-            hidden, pixel_values = self(input_ids, pixel_values, cache=cache), None
-            last = torch.stack([states[len(row) - 1] for states, row in zip(hidden, new)])  # (B, D)
-            chosen = choose_tokens(self.logits(last), temperature, top_p, generator).tolist()
-            for row in running:  # one that has stopped stays as it is: what it is fed now is overwritten later
-                cache.tokens[row] += new[row]
+            hidden = self.last_hidden_states(new_tokens, pixel_values, cache)  # (B, D)
+            pixel_values = None  # from now on the cache holds the images
+            chosen = choose_tokens(self.logits(hidden), temperature, top_p, generator).tolist()
+            # A row that has stopped stays as it is: what it was fed now is overwritten later.
+            for row in running:
+                cache.tokens[row] += new_tokens[row]
             running = [row for row in running if chosen[row] not in self.config.eos_token_ids]
             for row in running:
                 answers[row].append(chosen[row])
             if not running:
                 break
-            new = [[token] for token in chosen]
+            new_tokens = [[token] for token in chosen]
         return answers
 
+    def check_prompts(self, prompts, new_tokens, pixel_values, max_new_tokens: int) -> None:
+        """Raise ValueError where the prompts are too long, or lack their images."""
+        needed = max(len(prompt) for prompt in prompts) + max_new_tokens
+        known = self.config.text.max_position_embeddings
+        if needed > known:
+            raise ValueError(
+                f"prompt and {max_new_tokens} new tokens need {needed} positions, "
+                f"the model has {known}"
+            )
+        has_images = any(self.config.image_token_id in row for row in new_tokens)
+        if has_images and pixel_values is None:
+            raise ValueError("the prompts hold image tokens, but there are no pixel_values")
+
+    def last_hidden_states(self, new_tokens: list[list[int]], pixel_values, cache: KVCache):
+        """Feed every row its new tokens -> the hidden state at each row's last one, (B, D)."""
+        rows = [torch.tensor(row) for row in new_tokens]
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)  # (B, T)
+        hidden = self(input_ids, pixel_values, cache=cache)  # (B, T, D)
+        # Rows are padded on the right, so their last tokens stand in different columns.
+        last = [states[len(row) - 1] for states, row in zip(hidden, new_tokens)]
+        return torch.stack(last)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device: torch.device | str = "cpu") -> "Llava":
-        """Read a Hugging Face LLaVA folder onto `device` as `dtype`. Raises CheckpointError with all faults at once."""
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "Llava":
+        """Read a Hugging Face LLaVA folder. Raises InputError that lists all faults at once.
+
+        dtype: what all weights are converted to; None leaves each as it is stored. On the CPU,
+        weights that need no conversion are views of the file, read when they are needed."""
+        folder = Path(folder)
         config = LlavaConfig.from_pretrained(folder)
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
-        load_weights(model, Path(folder), dtype, device)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = hf.find_llava_tensors(folder, shapes, config)
+        tensors = dict(hf.read_tensors(found, dtype, device))
+        # A file whose head is tied need not hold it. Where it does, believe the file: a head
+        # unlike the embedding is not tied, whatever config.json says.
+        embedding = tensors["language_model.embed_tokens.weight"]
+        head = tensors.setdefault("lm_head.weight", embedding)
+        if config.text.tie_word_embeddings and head is not embedding:
+            config.text.tie_word_embeddings = torch.equal(head, embedding)
+        model.load_state_dict(tensors, assign=True)
+        if config.text.tie_word_embeddings:
+            model.lm_head.weight = model.language_model.embed_tokens.weight
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write a new Hugging Face LLaVA folder, safetensors under the old names. The vision tower is written as it is
-        held: it ends at the feature layer, which is called -1. Raises FileExistsError where there are weights."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.glob("model*.safetensors")):
-            raise FileExistsError(f"{folder}: holds a model already; choose a new folder")
-        write_weights(self, folder, max_shard_bytes)
+        """Write a new Hugging Face LLaVA folder: weights, config.json, generation_config.json.
+
+        A temperature that training added (`log_scale`) is no part of it. Raises FileExistsError
+        where there are weights already, ValueError where LoRA is not merged."""
+        tensors = self.state_dict()
+        tensors.pop("log_scale", None)
+        if any(".lora_A." in name for name in tensors):
+            raise ValueError("the model has LoRA in it: merge_lora first, or save_adapter")
+        # The tower is written as it is held: its last layer is the feature layer.
         vision = replace(self.config.vision, num_hidden_layers=self.config.num_vision_layers)
-        config = replace(self.config, vision=vision, vision_feature_layer=-1).to_dict()
-        config["torch_dtype"] = str(self.dtype).removeprefix("torch.")
-        files = {"generation_config": {"eos_token_id": list(self.config.eos_token_ids)}, "config": config}
-        for name, content in files.items():  # config.json last: now the folder is complete
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        config = replace(self.config, vision=vision, vision_feature_layer=-1)
+        content = config.to_dict()
+        content["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        stop_tokens = list(config.eos_token_ids)
+        hf.write_llava(Path(folder), tensors, content, stop_tokens, max_shard_bytes)
 
 
-def choose_tokens(logits, temperature: float, top_p: float, generator=None):
-    """logits (B, V) -> token ids (B,): greedy at temperature 0, else nucleus sampling (arXiv 1904.09751)."""
+def uncached_tokens(prompts: list[list[int]], cache: KVCache) -> list[list[int]]:
+    """What each prompt says behind the tokens that the cache holds. Raises ValueError."""
+    if len(prompts) != len(cache.tokens):
+        raise ValueError(f"{len(prompts)} prompts for a cache of {len(cache.tokens)} rows")
+    new_tokens = []
+    for prompt, seen in zip(prompts, cache.tokens):
+        rest = prompt[len(seen) :]
+        if not rest or prompt[: len(seen)] != seen:
+            raise ValueError(
+                "a prompt must begin with the tokens that the cache holds, and go on behind them"
+            )
+        new_tokens.append(rest)
+    return new_tokens
+
+
+def choose_tokens(
+    logits,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None = None,
+):
+    """logits (B, V) -> the next token's id (B,).
+
+    temperature: 0 takes the likeliest token; above, it is drawn: low is careful, high is bold.
+    top_p: drawn only among the likeliest tokens that together hold so much of the probability
+        (nucleus sampling, arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities, ids = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    keep = probabilities.cumsum(dim=-1) - probabilities < top_p  # what stands in front: the first one always stays
-    picked = torch.multinomial(probabilities * keep, 1, generator=generator)
+    # In fp32: in bf16, sums of many small probabilities go nowhere.
+    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    probabilities, ids = probabilities.sort(dim=-1, descending=True)
+    # A token stays if those in front of it do not hold enough: the first one always does.
+    in_front = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities * (in_front < top_p)
+    picked = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), places in `ids`
     return ids.gather(-1, picked).squeeze(-1)
-
-
-# ---- Checkpoint files: data from strangers. Names and shapes are checked, nothing is executed, pickle is never opened.
-def read_json(path: Path) -> dict:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(raw, dict):
-            return raw
-        raise ValueError(f"a JSON {type(raw).__name__}, not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {broken_download(path)}") from None
-
-
-def read_section(cls, path: Path, name: str, raw: dict, absent: dict):
-    """One of the two sub-configs of config.json; `absent` is what it means where there is none."""
-    where, raw = f"{path}: {name}.", absent if raw.get(name) is None else raw[name]
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: {name} is {raw!r}, expected an object")
-    known, kind = DEFAULTS[cls], raw.get("model_type") or cls.model_type
-    if not isinstance(kind, str) or kind not in known:
-        raise CheckpointError(f"{where}model_type is {kind!r}, supported are {' and '.join(known)}")
-    if raw.get("use_sliding_window"):
-        raise CheckpointError(f"{where}use_sliding_window is on; sliding windows are not implemented")
-    for key in ("rope_scaling", "rope_parameters"):  # old files have `rope_theta`, new ones `rope_parameters`
-        rope = raw.get(key) or {}
-        kinds = [rope.get("rope_type"), rope.get("type")] if isinstance(rope, dict) else [rope]
-        if any(kind not in (None, "default") for kind in kinds) or "factor" in rope:
-            raise CheckpointError(f"{where}{key} is {rope!r}; only plain rotary embeddings are implemented")
-        raw = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
-    return read_fields(cls, where, known[kind] | raw)
-
-
-def read_fields(cls, where: str, raw: dict, **values):
-    """Fill the dataclass `cls` from a JSON object, checking type and sign; `values` are known already."""
-    for f in fields(cls):
-        value = raw.get(f.name)
-        if f.name in values or value is None:
-            continue
-        fits = isinstance(value, f.type) or (f.type is float and isinstance(value, int))
-        free = f.name.endswith(("_id", "_layer")) or isinstance(value, str | bool)  # need not be positive
-        limit = 2**40 if f.type is float else 2**20  # larger sizes could not even be multiplied
-        if not fits or isinstance(value, bool) != (f.type is bool) or not (free or 0 < value <= limit):
-            raise CheckpointError(f"{where}{f.name} is {value!r}, expected {getattr(f.type, '__name__', f.type)}")
-        values[f.name] = value
-    return cls(**values)
-
-
-def read_stop_tokens(path: Path, text: dict) -> tuple[int, ...]:
-    """The ids that end an answer, one or several: generation_config.json's, else text_config's, else LLaMA's."""
-    default = {"eos_token_id": 2 if text.get("model_type", "llama") == "llama" else []}
-    sources = [read_json(path) if path.exists() else {}, text, default]
-    value = next(source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None)
-    ids = value if isinstance(value, list) else [value]
-    if not all(type(index) is int for index in ids):
-        raise CheckpointError(f"{path}: eos_token_id is {value!r}, expected an integer or a list of them")
-    return tuple(ids)
-
-
-def refuse_unsupported(path: Path, raw: dict) -> None:
-    kind = raw.get("model_type")
-    original = "mm_vision_tower" in raw or "LlavaLlamaForCausalLM" in str(raw.get("architectures"))
-    reasons = {
-        "the original layout is pickled; use a Hugging Face conversion, such as llava-hf/llava-1.5-7b-hf": original,
-        f"model_type is {kind!r}; only 'llava' is supported: LLaVA-1.5 and the interleave models, not LLaVA-NeXT, "
-        "OneVision or Qwen2-VL": kind != "llava",
-        "the weights are quantised; use the fp16, bf16 or fp32 checkpoint": bool(raw.get("quantization_config")),
-        "vision_feature_layer is a list; only one is supported": isinstance(raw.get("vision_feature_layer"), list),
-    }
-    if reason := next((reason for reason, refused in reasons.items() if refused), None):
-        raise CheckpointError(f"{path}: {reason}")
-
-
-def broken_download(path: Path) -> str:
-    """What a file that cannot be read often turns out to be."""
-    if not path.is_file():
-        return "a Hugging Face LLaVA folder has this file"
-    with open(path, "rb") as file:
-        head = file.read(8)
-    if head == b"version ":
-        return "it is a Git LFS pointer: run `git lfs pull`, or download the file itself"
-    return f"{'it is an HTML page' if head[:1] == b'<' else 'it may be incomplete'}: download it again"
-
-
-def open_weights(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}); {broken_download(path)}") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in transformers' order of precedence. Shards must lie in the folder."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        found = ", ".join(sorted(path.name for path in folder.glob("*.*") if path.suffix != ".json")[:5]) or "nothing"
-        advice = "Pickle (.bin) is never read: get the safetensors version, or convert with transformers"
-        raise CheckpointError(f"{folder}: no model.safetensors(.index.json), only: {found}. {advice}")
-    weight_map = read_json(index).get("weight_map")
-    shards = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    if not shards or not all(re.fullmatch(r"[^/\\:]+\.safetensors", shard) for shard in shards):
-        raise CheckpointError(f"{index}: weight_map must name safetensors files in this folder, not {shards}")
-    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise CheckpointError(f"{folder}: {len(missing)} of {len(shards)} shards missing, download them: {missing}")
-    return [folder / shard for shard in shards]
-
-
-def canonical_name(name: str) -> str:
-    """Any of the four layouts in the wild -> the names of `Llava.state_dict()`.
-    old     language_model.model.layers.0...   language_model.lm_head.weight   vision_tower.vision_model....
-    new     model.language_model.layers.0...                  lm_head.weight   model.vision_tower.vision_model....
-    newest  model.language_model.layers.0...                  lm_head.weight   model.vision_tower....
-    mixed   language_model.model.layers.0...   language_model.lm_head.weight   vision_tower...."""
-    name = re.sub(r"^model\.(?=(language_model|vision_tower|multi_modal_projector)\.)", "", name)
-    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
-    name = re.sub(r"^language_model\.model\.", "language_model.", name)
-    return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
-
-
-def is_unused(name: str, config: LlavaConfig) -> bool:
-    """Tensors that checkpoints hold and LLaVA never reads: the vision tower's end, and buffers computed here."""
-    if layer := re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name):
-        return config.num_vision_layers <= int(layer[1]) < config.vision.num_hidden_layers
-    return bool(re.search(r"^vision_tower\.(post_layernorm|head)\.|\.rotary_emb\.inv_freq$|\.position_ids$", name))
-
-
-def load_weights(model: Llava, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give a model on the meta device its weights: first all names and shapes are checked, then tensors are read."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    found, faults = {}, []
-    for path in weight_files(folder):
-        with open_weights(path) as file:
-            for stored in file.keys():  # noqa: SIM118, the handle is not a dict
-                name, tensor = canonical_name(stored), file.get_slice(stored)
-                shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-                if is_unused(name, model.config):
-                    continue
-                if kind not in ("F64", "F32", "F16", "BF16"):
-                    raise CheckpointError(f"{path}: {stored} is {kind}: quantised; use the fp16, bf16 or fp32 original")
-                wrong = {"unexpected": name not in expected, "twice": name in found}
-                wrong |= {f"not of shape {expected.get(name)}": shape != expected.get(name, shape)}
-                faults += [f"{what}: {stored} {shape}" for what, is_wrong in wrong.items() if is_wrong]
-                found[name] = path, stored
-    tied = model.config.text.tie_word_embeddings
-    missing = [name for name in expected if name not in found and not (tied and name == "lm_head.weight")]
-    if faults := faults + [f"missing: {name} {expected[name]}" for name in missing]:
-        shown = faults[:30] + [f"and {len(faults) - 30} more"] * (len(faults) > 30)
-        raise CheckpointError(f"{folder}: {len(faults)} tensors do not fit config.json\n  " + "\n  ".join(shown))
-    opened, size = None, 0  # tensors are views of the mapped file: only what is converted is copied
-    for name, (path, stored) in found.items():
-        if path != opened or size > 2**24:  # what was read counts as memory until the file is closed
-            file, opened, size = open_weights(path), path, 0
-        tensor = file.get_tensor(stored).to(device=device, dtype=dtype)
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
-        size += tensor.nbytes
-    if tied and "lm_head.weight" in found:  # believe the file: a head unlike the embedding is not tied
-        tied = torch.equal(model.lm_head.weight, model.language_model.embed_tokens.weight)
-    model.config.text.tie_word_embeddings = tied
-    if tied:
-        model.lm_head.weight = model.language_model.embed_tokens.weight
-
-
-def write_weights(model: Llava, folder: Path, max_shard_bytes: int) -> None:
-    """model.safetensors, or shards with an index, under the names of the old layout (see `canonical_name`)."""
-    tensors = model.state_dict()
-    assert not any(".lora_" in name for name in tensors), "the model has adapters: merge_lora first, or save_adapter"
-    if model.config.text.tie_word_embeddings:
-        tensors.pop("lm_head.weight")
-    # transformers wants the norm behind the vision tower, though LLaVA never applies it: one that does nothing.
-    ones = torch.ones(model.config.vision.hidden_size, dtype=model.dtype)
-    tensors |= {"vision_tower.post_layernorm.weight": ones, "vision_tower.post_layernorm.bias": torch.zeros_like(ones)}
-    shards, weight_map, room = [{}], {}, max_shard_bytes
-    for name, tensor in tensors.items():
-        name = re.sub(r"^language_model\.", "language_model.model.", name)
-        name = re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
-        name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
-        if tensor.nbytes > room and shards[-1]:
-            shards, room = [*shards, {}], max_shard_bytes
-        shards[-1][name] = tensor.contiguous()
-        room -= tensor.nbytes
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,13 +1,15 @@
-"""The parts of the engine, each beside what it replaces: time, memory, and the difference of the gradients.
+"""The parts of the engine, each beside what it replaces: time, memory, gradients.
 
     python -m benchmarks.losses                 all three tables
     python -m benchmarks.losses --only ce       ce, infonce or lora
 
     ce       linear_cross_entropy against logits held as a whole, and against torch's own (2.13)
-    infonce  tiled_contrastive_loss against a loss written as open_clip's: two similarity matrices, two cross-entropies
-    lora     LoRALinear's overhead over the frozen linear layer, as a share of peft's
+    infonce  tiled_contrastive_loss against a loss written as open_clip's: two similarity matrices,
+             two cross-entropies
+    lora     lean LoRA's overhead over the frozen linear layer, as a share of peft's
 
-Forward and backward; time as the median of paired ratios (peer / ours, so more than 1 is faster) with its quartiles.
+Forward and backward; time as the median of paired ratios (peer / ours, so more than 1 is faster)
+with its quartiles.
 """
 
 import argparse
@@ -20,14 +22,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.measure import DEVICE, device_name, paired_ratio, peak_memory, quartiles, times
+from fast.lean import as_it_is, project
 from lora import LoRAConfig, LoRALinear
-from losses import contrastive_loss, cross_entropy_of_logits, linear_cross_entropy, tiled_contrastive_loss
+from losses import (
+    contrastive_loss,
+    cross_entropy,
+    linear_cross_entropy,
+    tiled_contrastive_loss,
+)
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 def with_backward(loss, *inputs: torch.Tensor):
-    """A function that runs the loss forward and backward, and leaves the gradients of the inputs."""
+    """A function that runs the loss forward and backward, and leaves the gradients of the
+    inputs.
+    """
 
     def run() -> None:
         for tensor in inputs:
@@ -61,14 +71,23 @@ def cross_entropy_rows(rounds: int) -> list[dict]:
         hidden = torch.randn(N, D, device=DEVICE, dtype=DTYPE, requires_grad=True)
         weight = torch.randn(V, D, device=DEVICE, dtype=DTYPE) * D**-0.5
         labels = torch.randint(0, V, (N,), device=DEVICE)
-        ours = with_backward(lambda h, w=weight, y=labels, n=N: linear_cross_entropy(h, w, y, n), hidden)
+        ours = with_backward(
+            lambda h, w=weight, y=labels, n=N: linear_cross_entropy(h, w, y, n), hidden
+        )
         peers = {
-            "logits held": with_backward(lambda h, w=weight, y=labels, n=N: cross_entropy_of_logits(h, w, y, n), hidden)
+            "logits held": with_backward(
+                lambda h, w=weight, y=labels, n=N: cross_entropy(h, w, y, n), hidden
+            )
         }
         if hasattr(F, "linear_cross_entropy"):
-            peers["torch"] = with_backward(lambda h, w=weight, y=labels: F.linear_cross_entropy(h, w, y), hidden)
+            peers["torch"] = with_backward(
+                lambda h, w=weight, y=labels: F.linear_cross_entropy(h, w, y), hidden
+            )
         for name, theirs in peers.items():
-            rows.append({"N": N, "D": D, "V": V, "peer": name} | side_by_side(ours, theirs, [hidden], rounds))
+            rows.append(
+                {"N": N, "D": D, "V": V, "peer": name}
+                | side_by_side(ours, theirs, [hidden], rounds)
+            )
     return rows
 
 
@@ -77,12 +96,18 @@ def open_clip_loss(images, texts, scale):
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
     logits_per_image, logits_per_text = scale * images @ texts.T, scale * texts @ images.T
     labels = torch.arange(len(images), device=images.device)
-    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+    return (
+        F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)
+    ) / 2
 
 
 def contrastive_rows(rounds: int) -> list[dict]:
     rows = []
-    sizes = [(1024, 512), (4096, 512), (4096, 4096)] if DEVICE.type == "cpu" else [(4096, 4096), (32768, 4096)]
+    sizes = (
+        [(1024, 512), (4096, 512), (4096, 4096)]
+        if DEVICE.type == "cpu"
+        else [(4096, 4096), (32768, 4096)]
+    )
     for B, D in sizes:
         inputs = [torch.randn(B, D, device=DEVICE, requires_grad=True) for _ in range(2)]
         inputs.append(torch.tensor(1 / 0.07, device=DEVICE, requires_grad=True))
@@ -92,7 +117,8 @@ def contrastive_rows(rounds: int) -> list[dict]:
         )
         for name, loss in peers.items():
             rows.append(
-                {"B": B, "D": D, "peer": name} | side_by_side(ours, with_backward(loss, *inputs), inputs, rounds)
+                {"B": B, "D": D, "peer": name}
+                | side_by_side(ours, with_backward(loss, *inputs), inputs, rounds)
             )
     return rows
 
@@ -105,17 +131,36 @@ def lora_rows(rounds: int) -> list[dict]:
         (4096, 4096, 4096), (4096, 4096, 11008), (4096, 11008, 4096)]  # fmt: skip
     for N, inside, outside in sizes:
         x = torch.randn(N, inside, device=DEVICE, dtype=DTYPE, requires_grad=True)
-        frozen = nn.Linear(inside, outside, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
-        lean = LoRALinear(frozen, LoRAConfig(rank=16, alpha=16))
-        holder = nn.ModuleDict({"linear": nn.Linear(inside, outside, bias=False, device=DEVICE, dtype=DTYPE)})
+        frozen = nn.Linear(inside, outside, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(
+            False
+        )
+        ours_plain = LoRALinear(frozen, LoRAConfig(rank=16, alpha=16))
+
+        def lean(x, layer=ours_plain):
+            return project([layer], as_it_is, x)[0]
+
+        holder = nn.ModuleDict(
+            {"linear": nn.Linear(inside, outside, bias=False, device=DEVICE, dtype=DTYPE)}
+        )
         holder["linear"].weight = frozen.weight
         config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["linear"])
-        theirs = peft.get_peft_model(holder, config, autocast_adapter_dtype=False).base_model.model["linear"]
+        theirs = peft.get_peft_model(holder, config, autocast_adapter_dtype=False).base_model.model[
+            "linear"
+        ]
         upstream = torch.randn(N, outside, device=DEVICE, dtype=DTYPE)
-        runs = [lambda layer=layer, x=x, g=upstream: layer(x).backward(g) for layer in (frozen, lean, theirs)]
+        runs = [
+            lambda layer=layer, x=x, g=upstream: layer(x).backward(g)
+            for layer in (frozen, lean, theirs)
+        ]
         plain, ours, peers = times(runs, 5 * rounds)
         share = [(b - a) / (c - a) for a, b, c in zip(plain, ours, peers)]
-        row = {"N": N, "in": inside, "out": outside, "peer": "peft", "share": quartiles(share)["ratio"]}
+        row = {
+            "N": N,
+            "in": inside,
+            "out": outside,
+            "peer": "peft",
+            "share": quartiles(share)["ratio"],
+        }
         row["share_of_medians"] = (statistics.median(ours) - statistics.median(plain)) / (
             statistics.median(peers) - statistics.median(plain))  # fmt: skip
         rows.append(row | quartiles([c / b for b, c in zip(ours, peers)]))
@@ -126,7 +171,9 @@ TABLES = {"ce": cross_entropy_rows, "infonce": contrastive_rows, "lora": lora_ro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=TABLES)
     parser.add_argument("--rounds", type=int, default=9, help="pairs of timed runs (9)")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -136,17 +183,22 @@ def main() -> None:
     for name in [args.only] if args.only else TABLES:
         results[name] = TABLES[name](args.rounds)
         for row in results[name]:
-            sizes = ", ".join(f"{key} {value}" for key, value in row.items() if isinstance(value, int))
-            text = f"{name}  {sizes}  {row['peer']}: time {row['ratio']:.2f} ({row['low']:.2f} - {row['high']:.2f})"
+            sizes = ", ".join(
+                f"{key} {value}" for key, value in row.items() if isinstance(value, int)
+            )
+            text = f"{name}  {sizes}  {row['peer']}: time {row['ratio']:.2f}"
+            text += f" ({row['low']:.2f} - {row['high']:.2f})"
             if "their_peak_mb" in row:
                 text += f", peak {row['our_peak_mb']:.0f} MB instead of {row['their_peak_mb']:.0f}"
                 text += f", gradients differ by {row['gradients']:.1e}"
             if "share" in row:
-                text += f", overhead {row['share_of_medians']:.2f} of peft's (by medians; by pairs {row['share']:.2f})"
+                text += f", overhead {row['share_of_medians']:.2f} of peft's"
+                text += f" (by medians; by pairs {row['share']:.2f})"
             print(text, flush=True)
     if args.json:
         args.json.write_text(
-            json.dumps({"device": device_name(), "torch": torch.__version__} | results, indent=1) + "\n"
+            json.dumps({"device": device_name(), "torch": torch.__version__} | results, indent=1)
+            + "\n"
         )
 
 

@@ -14,7 +14,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
 
 
 def seconds(function: Callable) -> float:
@@ -28,7 +32,9 @@ def seconds(function: Callable) -> float:
 
 
 def times(functions: list[Callable], rounds: int) -> list[list[float]]:
-    """Seconds of each function in each round. They take turns, in changing order, so that a busy moment hits all."""
+    """Seconds of each function in each round. They take turns, in changing order, so that a busy
+    moment hits all.
+    """
     for function in functions:  # warm up
         function()
     taken = [[0.0] * rounds for _ in functions]
@@ -47,7 +53,9 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def paired_ratio(first: Callable, second: Callable, rounds: int = 9) -> dict[str, float]:
     """Time of `second` over time of `first`: median and quartiles of the pairs."""
     ours, theirs = times([first, second], rounds)
-    return quartiles([b / a for a, b in zip(ours, theirs)]) | {"seconds_of_first": statistics.median(ours)}
+    return quartiles([b / a for a, b in zip(ours, theirs)]) | {
+        "seconds_of_first": statistics.median(ours)
+    }
 
 
 def peak_memory(function: Callable) -> int:
@@ -65,19 +73,26 @@ def peak_memory(function: Callable) -> int:
 
 
 def memory(key: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS is resident now, VmHWM the highest it has been."""
+    """A line of /proc/self/status in bytes: VmRSS is resident now, VmHWM the highest it has
+    been.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def saved_bytes(function: Callable, parameters: list[torch.Tensor]) -> int:
-    """Bytes of all tensors that autograd keeps while `function` runs, each storage counted once, weights left out."""
+    """Bytes of all tensors that autograd keeps while `function` runs, each storage counted once,
+    weights left out.
+    """
     weights, seen = {p.untyped_storage().data_ptr() for p in parameters}, {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address comes twice
+            seen[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # kept alive, so that no address comes twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -91,7 +106,9 @@ def in_place_product(_, a, b, **ignored) -> int:
 
 
 def count_flops(function: Callable) -> int:
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}
+    ) as counter:
         function()
     return counter.get_total_flops()
 

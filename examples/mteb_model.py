@@ -1,13 +1,15 @@
-"""A run of train.py, or a base model, in MTEB: a model for any of its tasks, and a task from a Karpathy file.
+"""A run of train.py, or a base model, in MTEB: a model for its tasks, a task from a Karpathy file.
 
     python -m examples.mteb_model runs/toy toy/data/test/karpathy.json --images toy/data/images
 
 In Python, on tasks of its own (which it downloads):
 
-    mteb.evaluate(Encoder(load_run("runs/toy")), mteb.get_tasks(["Flickr30kT2IRetrieval", "Flickr30kI2TRetrieval"]))
+    tasks = mteb.get_tasks(["Flickr30kT2IRetrieval", "Flickr30kI2TRetrieval"])
+    mteb.evaluate(Encoder(load_embedder("runs/toy")), tasks)
 
-hit_rate_at_k is what the image-text literature, and eval.py, calls R@k; recall_at_k is the share of an image's captions
-that were found. MTEB ranks equal scores by their ids; eval.py counts a tie as a failure.
+hit_rate_at_k is what the image-text literature, and eval.py, calls R@k; recall_at_k is the share of
+an image's captions that were found. MTEB ranks equal scores by their ids; eval.py counts a tie as a
+failure.
 """
 
 import argparse
@@ -22,46 +24,76 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from data import read_retrieval, to_rgb
-from eval import Run, encode_image, encode_text, load_run
+from data import to_rgb
+from eval import Embedder, encode_image, encode_text, errors_in_one_line, load_embedder
+from formats.testsets import read_retrieval
 
 
 class Encoder(AbsEncoder):
     """MTEB's model protocol. Instructions of tasks are not used: the prompts were trained."""
 
-    def __init__(self, run: Run, name: str = "nanoVladVA/run"):
-        self.run = run
-        settings = {"name": name, "revision": "local", "modalities": ["text", "image"]}
-        self.mteb_model_meta = ModelMeta.create_empty(settings | {"similarity_fn_name": ScoringFunction.COSINE})
+    def __init__(self, embedder: Embedder, name: str = "nanoVladVA/run"):
+        self.embedder = embedder
+        settings = {
+            "name": name,
+            "revision": "local",
+            "modalities": ["text", "image"],
+            "similarity_fn_name": ScoringFunction.COSINE,
+        }
+        self.mteb_model_meta = ModelMeta.create_empty(settings)
 
-    def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs) -> torch.Tensor:
-        """A loader of batches with "image" or "text" -> (N, D). Pictures with text, as in composed retrieval, are not
-        what was trained."""
+    def encode(
+        self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs
+    ) -> torch.Tensor:
+        """A loader of batches with "image" or "text" -> (N, D).
+
+        Raises ValueError for pictures with text, as in composed retrieval: that was not trained."""
         parts = []
         for batch in inputs:
             if "image" in batch and "text" in batch:
                 raise ValueError("a picture together with a text has no embedding here")
             if "image" in batch:
-                parts.append(encode_image(self.run, [to_rgb(image) for image in batch["image"]]))
+                images = [to_rgb(image) for image in batch["image"]]
+                parts.append(encode_image(self.embedder, images))
             else:
-                parts.append(encode_text(self.run, batch["text"]))
+                parts.append(encode_text(self.embedder, batch["text"]))
         return torch.cat(parts)
 
 
-def karpathy_task(file: Path, images: Path, category: str, name: str = "Karpathy") -> AbsTaskRetrieval:
-    """Retrieval of all images by captions ("t2i") or of all captions by images ("i2t"), from a file's test split."""
-    items = read_retrieval(file, images)
-    paths = [str(path) for path, _ in items]
-    picture = datasets.Dataset.from_dict({"id": [f"image-{i}" for i in range(len(items))], "image": paths})
-    picture = picture.cast_column("image", datasets.Image())
-    pairs = [(f"image-{i}", text) for i, (_, captions) in enumerate(items) for text in captions]
-    names = [f"text-{i}" for i in range(len(pairs))]
-    text = datasets.Dataset.from_dict({"id": names, "text": [caption for _, caption in pairs]})
+def karpathy_data(file: Path, images: Path, category: str) -> dict:
+    """A file's test split as MTEB holds it: queries, a corpus, and which belong together.
+
+    category: "t2i", where captions are the queries, or "i2t", where images are."""
+    image_names = []
+    paths = []
+    text_names = []
+    texts = []
     relevant: dict[str, dict[str, int]] = {}
-    for caption, (image, _) in zip(names, pairs):
-        query, found = (caption, image) if category == "t2i" else (image, caption)
-        relevant.setdefault(query, {})[found] = 1
-    queries, corpus = (text, picture) if category == "t2i" else (picture, text)
+    for number, (path, captions) in enumerate(read_retrieval(file, images)):
+        image = f"image-{number}"
+        image_names.append(image)
+        paths.append(str(path))
+        for text in captions:
+            caption = f"text-{len(texts)}"
+            text_names.append(caption)
+            texts.append(text)
+            if category == "t2i":
+                relevant.setdefault(caption, {})[image] = 1
+            else:
+                relevant.setdefault(image, {})[caption] = 1
+    pictures = datasets.Dataset.from_dict({"id": image_names, "image": paths})
+    pictures = pictures.cast_column("image", datasets.Image())
+    captions = datasets.Dataset.from_dict({"id": text_names, "text": texts})
+    queries = captions if category == "t2i" else pictures
+    corpus = pictures if category == "t2i" else captions
+    return {"queries": queries, "corpus": corpus, "relevant_docs": relevant, "top_ranked": None}
+
+
+def karpathy_task(
+    file: Path, images: Path, category: str, name: str = "Karpathy"
+) -> AbsTaskRetrieval:
+    """Retrieval of all images by captions ("t2i") or of all captions by images ("i2t")."""
+    data = karpathy_data(file, images, category)
 
     class Task(AbsTaskRetrieval):
         metadata = TaskMetadata(
@@ -78,33 +110,39 @@ def karpathy_task(file: Path, images: Path, category: str, name: str = "Karpathy
         )
 
         def load_data(self, *args, **kwargs) -> None:
-            split = {"queries": queries, "corpus": corpus, "relevant_docs": relevant, "top_ranked": None}
-            self.dataset, self.data_loaded = {"default": {"test": split}}, True
+            self.dataset = {"default": {"test": data}}
+            self.data_loaded = True
 
     return Task()
 
 
-def retrieval(run: Run, file: Path, images: Path) -> dict[str, float]:
+def retrieval(embedder: Embedder, file: Path, images: Path) -> dict[str, float]:
     """Scores of both directions, shares: {"t2i hit_rate_at_1": ..., ...}."""
     scores = {}
     for category in ("t2i", "i2t"):
         task = karpathy_task(file, images, category)
-        result = mteb.evaluate(Encoder(run), task, cache=None, show_progress_bar=False)
+        result = mteb.evaluate(Encoder(embedder), task, cache=None, show_progress_bar=False)
         found = result.task_results[0].scores["test"][0]
-        kept = [f"{metric}_at_{k}" for metric in ("hit_rate", "recall", "ndcg") for k in (1, 5, 10)]
-        scores |= {f"{category} {metric}": found[metric] for metric in kept}
+        for metric in ("hit_rate", "recall", "ndcg"):
+            for k in (1, 5, 10):
+                scores[f"{category} {metric}_at_{k}"] = found[f"{metric}_at_{k}"]
     return scores
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    images = "where the pictures are (default: beside the file)"
     parser.add_argument("run", metavar="RUN", help="run of train.py or LLaVA folder")
     parser.add_argument("file", type=Path, metavar="JSON", help="Karpathy's JSON")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where the pictures are (default: beside the file)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help=images)
     parser.add_argument("--device")
     args = parser.parse_args()
-    images = args.images or args.file.parent
-    print(json.dumps(retrieval(load_run(args.run, args.device), args.file, images), indent=1))
+    with errors_in_one_line():
+        embedder = load_embedder(args.run, args.device)
+        folder = args.images or args.file.parent
+        print(json.dumps(retrieval(embedder, args.file, folder), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What the tests share: the project on the path, seeds, tiny transformers checkpoints, optional real files."""
+"""What the tests share: the project on the path, seeds, tiny transformers checkpoints, optional
+real files.
+"""
 
 import json
 import os
@@ -14,10 +16,15 @@ sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests may reach for a network
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
-# The sizes of the tiny models. The epsilons are large so that a wrong one shows; 8 does not divide 30, as 14 not 384.
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=30)
+# The sizes of the tiny models. The epsilons are large so that a wrong one shows; 8 does not
+# divide 30, as 14 not 384.
+VISION = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=30
+)
 VISION |= dict(patch_size=8, layer_norm_eps=0.02)
-TEXT = dict(vocab_size=99, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4)
+TEXT = dict(
+    vocab_size=99, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4
+)
 TEXT |= dict(num_key_value_heads=2, rms_norm_eps=0.01, max_position_embeddings=512)
 IMAGE_TOKEN = 97
 
@@ -36,7 +43,9 @@ def edit_json(path, changes):
 
 def edit_weights(folder, change):
     """Rewrite model.safetensors after `change` has edited its dictionary of tensors."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -64,18 +73,30 @@ def toy():
 
 @pytest.fixture
 def make_checkpoint(tmp_path):
-    """A factory of tiny LLaVA checkpoints written by transformers: `folder, reference = make_checkpoint("siglip")`.
+    """A factory of tiny LLaVA checkpoints written by transformers: `folder, reference =
+    make_checkpoint("siglip")`.
 
-    `reference` is the transformers model itself, in fp32. Every parameter is drawn with standard deviation 0.2, biases
-    and norms too, so that a part left out or misplaced changes the logits. The head never chooses the image token.
+    `reference` is the transformers model itself, in fp32. Every parameter is drawn with standard
+    deviation 0.2, biases and norms too, so that a part left out or misplaced changes the logits.
+    The head never chooses the image token.
     """
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    vision_configs = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}
+    vision_configs = {
+        "clip": transformers.CLIPVisionConfig,
+        "siglip": transformers.SiglipVisionConfig,
+    }
     text_configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
 
-    def make(vision="clip", text="llama", vision_config=(), text_config=(), name="checkpoint", **llava_config):
+    def make(
+        vision="clip",
+        text="llama",
+        vision_config=(),
+        text_config=(),
+        name="checkpoint",
+        **llava_config,
+    ):
         head = {} if vision == "clip" else {"vision_use_head": False}
         config = transformers.LlavaConfig(
             vision_config=vision_configs[vision](**VISION | head | dict(vision_config)),
@@ -96,9 +117,11 @@ def make_checkpoint(tmp_path):
 
 @pytest.fixture
 def real_file():
-    """A finder of optional files of real models and benchmarks: `path = real_file("llava-1.5-7b-hf/config.json")`.
+    """A finder of optional files of real models and benchmarks: `path =
+    real_file("llava-1.5-7b-hf/config.json")`.
 
-    They stand in ../shared/data beside the project or where NANOVLADVA_TEST_DATA says; a test without its file skips.
+    They stand in ../shared/data beside the project or where NANOVLADVA_TEST_DATA says; a test
+    without its file skips.
     """
     root = Path(os.environ.get("NANOVLADVA_TEST_DATA") or PROJECT.parent / "shared" / "data")
 

@@ -1,9 +1,19 @@
-"""The deterministic figures of benchmarks/step.py, as a gate: what our step computes and keeps, beside the peers'."""
+"""The deterministic figures of benchmarks/step.py, as a gate: what our step computes and keeps,
+beside the peers'.
+"""
 
 import pytest
 
 from benchmarks.measure import count_flops, saved_bytes
-from benchmarks.step import SIZES, Layout, build_ours, build_theirs, contender, largest_difference, make_samples
+from benchmarks.step import (
+    SIZES,
+    Layout,
+    build_ours,
+    build_theirs,
+    contender,
+    largest_difference,
+    make_samples,
+)
 from data import collate
 
 
@@ -18,13 +28,18 @@ def contenders():
     batch = collate(samples, Layout(config), micro_batch)
     ours = build_ours(config, torch.float32)
     theirs = build_theirs(ours)
-    made = {name: contender(name, ours, theirs, samples, batch, micro_batch) for name in ("ours", "P0", "P1", "P2")}
+    made = {
+        name: contender(name, ours, theirs, samples, batch, micro_batch)
+        for name in ("ours", "P0", "P1", "P2")
+    }
     return made, [*ours.parameters(), *theirs.parameters()]
 
 
 @pytest.mark.parametrize("rung", ["P0", "P1", "P2"])
 def test_all_rungs_compute_the_same_step(contenders, rung):
-    """Losses and gradients of every rung, fp32, relative 1e-5: nobody is faster by computing something else."""
+    """Losses and gradients of every rung, fp32, relative 1e-5: nobody is faster by computing
+    something else.
+    """
     made, _ = contenders
     ours, theirs = made["ours"].gradients(), made[rung].gradients()
     losses = [ours[0]["contrastive"], ours[0]["autoregressive"]]
@@ -43,4 +58,7 @@ def test_floating_point_operations(contenders, rung, most):
 @pytest.mark.parametrize("rung,most", [("P0", 1 / 3), ("P1", 0.63), ("P2", 0.65)])
 def test_bytes_kept_for_the_backward_pass(contenders, rung, most):
     made, weights = contenders
-    assert saved_bytes(made["ours"].gradients, weights) / saved_bytes(made[rung].gradients, weights) < most
+    assert (
+        saved_bytes(made["ours"].gradients, weights) / saved_bytes(made[rung].gradients, weights)
+        < most
+    )

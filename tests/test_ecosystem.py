@@ -1,12 +1,13 @@
-"""examples/mteb_model.py and examples/clip_benchmark_model.py: other people's harnesses count what eval.py counts."""
+"""examples/mteb_model.py and examples/clip_benchmark_model.py: other people's harnesses count what
+eval.py counts."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from data import read_retrieval
 from eval import TOY_MODEL, Embeddings, load_base, retrieval
+from formats.testsets import read_retrieval
 from toy import world
 
 
@@ -33,8 +34,12 @@ def test_clip_benchmark_counts_what_we_count(small_world, ours):
         TOY_MODEL, small_world / "test" / "karpathy.json", small_world / "images", "cpu"
     )
     for k in (1, 5, 10):
-        assert 100 * theirs[f"image_retrieval_recall@{k}"] == pytest.approx(ours[f"t2i_r{k}"], abs=1e-3)
-        assert 100 * theirs[f"text_retrieval_recall@{k}"] == pytest.approx(ours[f"i2t_r{k}"], abs=1e-3)
+        assert 100 * theirs[f"image_retrieval_recall@{k}"] == pytest.approx(
+            ours[f"t2i_r{k}"], abs=1e-3
+        )
+        assert 100 * theirs[f"text_retrieval_recall@{k}"] == pytest.approx(
+            ours[f"i2t_r{k}"], abs=1e-3
+        )
 
 
 def test_mteb_counts_what_we_count(small_world, ours):
@@ -47,17 +52,21 @@ def test_mteb_counts_what_we_count(small_world, ours):
     )
     for way in ("t2i", "i2t"):
         for k in (1, 5, 10):
-            assert 100 * theirs[f"{way} hit_rate_at_{k}"] == pytest.approx(ours[f"{way}_r{k}"], abs=1e-2)
+            assert 100 * theirs[f"{way} hit_rate_at_{k}"] == pytest.approx(
+                ours[f"{way}_r{k}"], abs=1e-2
+            )
     assert theirs["i2t recall_at_1"] <= 0.2  # one of five captions
 
 
-def test_the_readme_points_at_tests_that_exist():
-    """Every test that README.md names or links as a proof is there."""
+def test_the_documents_point_at_tests_that_exist():
+    """Every test that README.md or docs/ name or link as a proof is there."""
     project = Path(__file__).parent.parent
-    readme = (project / "README.md").read_text()
-    named = re.findall(r"(test_\w+\.py)::(\w+)", readme)
-    linked = re.findall(r"\]\((tests/test_\w+\.py)\)", readme)
+    documents = [project / "README.md", *sorted((project / "docs").glob("*.md"))]
+    text = "\n".join(path.read_text() for path in documents)
+    named = re.findall(r"(test_\w+\.py)::(\w+)", text)
+    linked = re.findall(r"\]\((?:\.\./)?(tests/test_\w+\.py)\)", text)
     assert len(named) >= 6 and len(linked) >= 12
-    assert all((project / path).is_file() for path in linked)
+    for path in linked:
+        assert (project / path).is_file(), path
     for file, name in named:
         assert f"def {name}(" in (project / "tests" / file).read_text(), f"{file}::{name}"

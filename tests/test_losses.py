@@ -8,19 +8,18 @@ import torch.nn.functional as F
 
 from losses import (
     IGNORE,
-    backward_cached,
-    backward_whole,
     contrastive_loss,
-    cross_entropy_of_logits,
-    gather_with_gradient,
+    cross_entropy,
     linear_cross_entropy,
     tiled_contrastive_loss,
-    vladva_loss,
 )
+from runtime.processes import gather_rows
 
 
 def test_contrastive_loss_is_the_equation():
-    """Mean over both directions of -log softmax at the matching pair, of cosine similarities times the scale."""
+    """Mean over both directions of -log softmax at the matching pair, of cosine similarities times
+    the scale.
+    """
     images, texts, scale = torch.randn(5, 8), torch.randn(5, 8), 7.0
     total = 0.0
     for i in range(5):
@@ -56,13 +55,17 @@ def test_contrastive_loss_has_gradients():
 
 
 def test_linear_cross_entropy_is_torch_over_all_logits():
-    """Rows without a label change nothing; value and gradients are those of the plain loss over all logits."""
+    """Rows without a label change nothing; value and gradients are those of the plain loss over all
+    logits.
+    """
     hidden, weight = torch.randn(3, 7, 16), torch.randn(40, 16)
     labels = torch.randint(0, 40, (3, 7)).masked_fill(torch.rand(3, 7) < 0.4, IGNORE)
     ours, plain = (hidden.clone().requires_grad_() for _ in range(2))
     number = int((labels != IGNORE).sum())
     loss = linear_cross_entropy(ours, weight, labels, number)
-    expected = F.cross_entropy((plain @ weight.T).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    expected = F.cross_entropy(
+        (plain @ weight.T).flatten(0, 1), labels.flatten(), ignore_index=IGNORE
+    )
     loss.backward(), expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-8)
@@ -74,7 +77,10 @@ def test_linear_cross_entropy_of_parts_adds_up():
     labels[0, 1:] = IGNORE
     number = int((labels != IGNORE).sum())
     whole = linear_cross_entropy(hidden, weight, labels, number)
-    parts = [linear_cross_entropy(hidden[part], weight, labels[part], number) for part in (slice(0, 1), slice(1, 6))]
+    parts = [
+        linear_cross_entropy(hidden[part], weight, labels[part], number)
+        for part in (slice(0, 1), slice(1, 6))
+    ]
     torch.testing.assert_close(sum(parts), whole)
 
 
@@ -84,10 +90,6 @@ def test_linear_cross_entropy_without_labels_is_zero():
     loss = linear_cross_entropy(hidden, torch.randn(9, 4), torch.full((2, 3), IGNORE), 0)
     loss.backward()
     assert loss.item() == 0 and hidden.grad.abs().sum() == 0
-
-
-def test_vladva_loss_weighs_both():
-    assert vladva_loss(torch.tensor(2.0), torch.tensor(3.0), 0.5, 2.0).item() == 7.0
 
 
 # ---- The fast versions against their references
@@ -118,14 +120,20 @@ def test_tiled_contrastive_loss_is_the_reference(B, tile):
     fast, slow = tiled_contrastive_loss(*ours, tile=tile), contrastive_loss(*theirs)
     if B == 1:  # nothing to tell apart: both are zero, and so are the gradients
         fast.backward()
-        assert fast.abs() < 1e-6 and slow.abs() < 1e-6 and all(tensor.grad.abs().max() < 1e-6 for tensor in ours)
+        assert (
+            fast.abs() < 1e-6
+            and slow.abs() < 1e-6
+            and all(tensor.grad.abs().max() < 1e-6 for tensor in ours)
+        )
     else:
         assert_same(fast, slow, ours, theirs)
 
 
 @pytest.mark.parametrize("cosine", [-1.0, 1.0])
 def test_tiled_contrastive_loss_at_the_lowest_temperature(cosine):
-    """1 / temperature = 100: similarities from -100 to 100 neither overflow nor vanish, right or wrong pairs alike."""
+    """1 / temperature = 100: similarities from -100 to 100 neither overflow nor vanish, right or
+    wrong pairs alike.
+    """
 
     def make():
         images = torch.randn(9, 8)
@@ -135,7 +143,9 @@ def test_tiled_contrastive_loss_at_the_lowest_temperature(cosine):
     fast, slow = tiled_contrastive_loss(*ours, tile=4), contrastive_loss(*theirs)
     assert fast.isfinite() and (fast - slow).abs() <= 1e-5 * max(slow.item(), 1)
     fast.backward(), slow.backward()
-    for tensor, reference in zip(ours, theirs):  # where all pairs are right, both are next to nothing
+    for tensor, reference in zip(
+        ours, theirs
+    ):  # where all pairs are right, both are next to nothing
         torch.testing.assert_close(tensor.grad, reference.grad, rtol=1e-5, atol=1e-5)
 
 
@@ -148,7 +158,9 @@ def test_tiled_contrastive_loss_passes_gradcheck():
 def test_tiled_contrastive_loss_in_bf16_is_the_reference_in_bf16():
     """Both compute in fp32 what they are given in bf16."""
     images, texts = torch.randn(10, 16).bfloat16(), torch.randn(10, 16).bfloat16()
-    torch.testing.assert_close(tiled_contrastive_loss(images, texts, 9.0, tile=3), contrastive_loss(images, texts, 9.0))
+    torch.testing.assert_close(
+        tiled_contrastive_loss(images, texts, 9.0, tile=3), contrastive_loss(images, texts, 9.0)
+    )
 
 
 def labels_with_gaps(rows, vocabulary):
@@ -166,7 +178,7 @@ def test_linear_cross_entropy_is_the_reference(rows, frozen_head):
         ours[1], theirs[1] = ours[1].detach(), theirs[1].detach()
     losses = [
         loss(*inputs, labels, 91, *extra)
-        for loss, inputs, extra in ((linear_cross_entropy, ours, (1,)), (cross_entropy_of_logits, theirs, ()))
+        for loss, inputs, extra in ((linear_cross_entropy, ours, (1,)), (cross_entropy, theirs, ()))
     ]
     assert_same(*losses, ours[: 2 - frozen_head], theirs[: 2 - frozen_head])
 
@@ -181,14 +193,18 @@ def test_linear_cross_entropy_chunks_by_bytes(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "amax", spy)
     hidden, weight = torch.randn(1000, 8), torch.randn(64, 8)
-    linear_cross_entropy(hidden, weight, torch.zeros(1000, dtype=torch.long), 1000, chunk_bytes=400 * 64 * 4)
+    linear_cross_entropy(
+        hidden, weight, torch.zeros(1000, dtype=torch.long), 1000, chunk_bytes=400 * 64 * 4
+    )
     assert seen == [400, 400, 200]
 
 
 def test_linear_cross_entropy_passes_gradcheck():
     hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 9))
     labels = torch.tensor([1, IGNORE, 8, 0, 3, IGNORE])
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels, 4), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, labels, 4), (hidden, weight)
+    )
 
 
 def test_linear_cross_entropy_against_torch():
@@ -206,17 +222,19 @@ def test_linear_cross_entropy_without_gradients():
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, torch.arange(10), 10)
     assert not loss.requires_grad
-    torch.testing.assert_close(loss, cross_entropy_of_logits(hidden, weight, torch.arange(10), 10).detach())
+    torch.testing.assert_close(loss, cross_entropy(hidden, weight, torch.arange(10), 10).detach())
 
 
 def gather_in_one_process(rank, world_size, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size
+    )
     torch.manual_seed(0)
     images, texts = torch.randn(7, 5), torch.randn(7, 5)
     parts = {2: [(0, 4), (4, 7)], 3: [(0, 1), (1, 1), (1, 7)]}[world_size]
     own = slice(*parts[rank])
     mine = [x[own].clone().requires_grad_() for x in (images, texts)]
-    loss = tiled_contrastive_loss(*(gather_with_gradient(x) for x in mine), 5.0, tile=2)
+    loss = tiled_contrastive_loss(*(gather_rows(x) for x in mine), 5.0, tile=2)
     loss.backward()
     whole = [x.clone().requires_grad_() for x in (images, texts)]
     expected = contrastive_loss(*whole, 5.0)
@@ -229,68 +247,14 @@ def gather_in_one_process(rank, world_size, folder):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_gathered_rows_get_the_gradient_of_the_whole_batch(world_size, tmp_path):
-    """Processes with different numbers of rows, even none: each gets its part of the one gradient, unscaled."""
-    torch.multiprocessing.spawn(gather_in_one_process, (world_size, str(tmp_path)), nprocs=world_size)
+    """Processes with different numbers of rows, even none: each gets its part of the one gradient,
+    unscaled.
+    """
+    torch.multiprocessing.spawn(
+        gather_in_one_process, (world_size, str(tmp_path)), nprocs=world_size
+    )
 
 
 def test_gather_alone_is_nothing():
     rows = torch.randn(2, 3)
-    assert gather_with_gradient(rows) is rows
-
-
-class Encoder(torch.nn.Module):
-    """Something with dropout that embeds rows, and has a second loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.dropout = torch.nn.Linear(6, 4), torch.nn.Dropout(0.3)
-
-    def embed(self, chunk):
-        return self.linear(self.dropout(chunk))
-
-    def forward(self, chunk):
-        embeddings = self.embed(chunk)
-        return embeddings, embeddings.square().sum() / 10
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0), (0.0, 1.0), (1.0, 0.0)])
-def test_gradient_cache_is_one_batch(weights):
-    """The same losses and gradients, with dropout, chunks of different sizes, and either loss switched off."""
-    encoder, results = Encoder(), []
-    chunks = list(torch.randn(11, 6).split([4, 1, 6]))
-    contrast = lambda parts: contrastive_loss(torch.cat(list(parts)), torch.ones(11, 4).tril(), 3.0)  # noqa: E731
-    for backward in (backward_whole, backward_cached):
-        torch.manual_seed(7)
-        encoder.zero_grad()
-        losses = backward(chunks, encoder.embed, encoder, contrast, weights)
-        results.append((*losses, *(p.grad.clone() for p in encoder.parameters())))
-    for whole, cached in zip(*results):
-        torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-7)
-
-
-def test_gradient_cache_holds_one_chunk_at_a_time():
-    """While one chunk's graph is alive, no other is."""
-    alive, most, encoder = [], [], Encoder()
-
-    class Watched(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            alive.append(1)
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            most.append(len(alive))
-            alive.pop()
-            return gradient
-
-    def forward(chunk):
-        embeddings, share = encoder(chunk)
-        return Watched.apply(embeddings), share
-
-    chunks = list(torch.randn(8, 6).split(2))
-    contrast = lambda parts: contrastive_loss(torch.cat(list(parts)), torch.ones(8, 4).tril(), 3.0)  # noqa: E731
-    backward_cached(chunks, encoder.embed, forward, contrast)
-    assert most == [1, 1, 1, 1]
-    backward_whole(chunks, encoder.embed, forward, contrast)
-    assert max(most) == 4
+    assert gather_rows(rows) is rows

@@ -1,4 +1,6 @@
-"""The toy world says only what is true, in well-formed files; the shipped TinyLLaVA is the one transformers reads."""
+"""The toy world says only what is true, in well-formed files; the shipped TinyLLaVA is the one
+transformers reads.
+"""
 
 import json
 import random
@@ -17,7 +19,11 @@ from train import TrainConfig
 
 CHECKPOINT = Path(__file__).parent.parent / "toy" / "tiny-llava"
 
-HEART, SQUARE, STAR = Thing("large", "cyan", "heart"), Thing("small", "pink", "square"), Thing("small", "red", "star")
+HEART, SQUARE, STAR = (
+    Thing("large", "cyan", "heart"),
+    Thing("small", "pink", "square"),
+    Thing("small", "red", "star"),
+)
 COLUMN = Scene("navy", (HEART, None, SQUARE, None))  # the example of the module's docstring
 ROW = Scene("gray", (SQUARE, STAR, None, HEART))
 
@@ -39,9 +45,17 @@ def is_true(text, scene):
         ("The picture shows a star, a heart and a square.", False, True),
         ("A square is left of a star, with a heart.", False, True),
         ("A square is left of a star, with a square.", False, False),  # two things need two objects
-        ("There are two objects on a navy background. In the top left there is a large cyan heart.", True, False),
+        (
+            "There are two objects on a navy background. In the top left there is a large cyan heart.",
+            True,
+            False,
+        ),
         ("There are three objects on a navy background.", False, False),
-        ("The cyan heart is above the pink square. The pink square is above the cyan heart.", False, False),
+        (
+            "The cyan heart is above the pink square. The pink square is above the cyan heart.",
+            False,
+            False,
+        ),
     ],
 )
 def test_truth_of_scenes_made_by_hand(text, in_column, in_row):
@@ -65,21 +79,37 @@ def test_captions_are_true_and_negatives_false():
             assert is_true(str(text), scene), (scene, text)
         for kind, negative in world.sample_negatives(caption, scene, rng).items():
             kinds.add(kind)
-            assert str(negative) != str(caption) and not is_true(str(negative), scene), (scene, kind, negative)
+            assert str(negative) != str(caption) and not is_true(str(negative), scene), (
+                scene,
+                kind,
+                negative,
+            )
             if kind == "swap_att":  # the same words, up to "a" and "an"
-                words = [sorted(str(c).lower().replace(" an ", " a ").split()) for c in (caption, negative)]
+                words = [
+                    sorted(str(c).lower().replace(" an ", " a ").split())
+                    for c in (caption, negative)
+                ]
                 assert words[0] == words[1] or "an" in words[0][:2] or "an" in words[1][:2]
     assert len(kinds) == 7
 
 
 def test_sentences_are_english():
-    assert str(Caption("", (SQUARE, HEART), "below")) == "A small pink square is below a large cyan heart."
+    assert (
+        str(Caption("", (SQUARE, HEART), "below"))
+        == "A small pink square is below a large cyan heart."
+    )
     arrow = Thing(None, "orange", "arrow")
     assert str(Caption("there is ", (arrow, STAR, HEART), "above", background="gray")) == (
         "There is an orange arrow above a small red star, with a large cyan heart on a gray background."
     )
-    assert str(Caption("", (Thing(None, None, "hourglass"),), place="top left")) == "An hourglass in the top left."
-    assert str(Caption("", (SQUARE, STAR, HEART))) == "A small pink square, a small red star and a large cyan heart."
+    assert (
+        str(Caption("", (Thing(None, None, "hourglass"),), place="top left"))
+        == "An hourglass in the top left."
+    )
+    assert (
+        str(Caption("", (SQUARE, STAR, HEART)))
+        == "A small pink square, a small red star and a large cyan heart."
+    )
     assert world.long_caption(COLUMN, random.Random(0)).startswith(
         "There are two objects on a navy background. In the top left there is a large cyan heart. "
         "In the bottom left there is a small pink square. The "
@@ -91,13 +121,19 @@ def test_a_picture_shows_its_scene():
     assert pixels.shape == (48, 48, 3)
     covered = (pixels != world.BACKGROUNDS["navy"]).any(2)
     assert not covered[:, 24:].any() and covered[:24, :24].any() and covered[24:, :24].any()
-    square = np.median(pixels[24:, :24][covered[24:, :24]], axis=0)  # its edge mixes with the background
+    square = np.median(
+        pixels[24:, :24][covered[24:, :24]], axis=0
+    )  # its edge mixes with the background
     assert np.abs(square - world.COLORS["pink"]).max() <= 15
     assert covered[:24, :24].sum() > 1.5 * covered[24:, :24].sum()  # large against small
 
 
 def test_every_shape_differs_from_every_other():
-    masks = [world.shape_mask(shape, size).ravel() for size in world.SIZES.values() for shape in world.SHAPES]
+    masks = [
+        world.shape_mask(shape, size).ravel()
+        for size in world.SIZES.values()
+        for shape in world.SHAPES
+    ]
     for size in range(2):
         same_size = np.stack(masks[16 * size : 16 * size + 16])
         distances = np.abs(same_size[:, None] - same_size[None]).mean(2) + np.eye(16)
@@ -111,21 +147,30 @@ def test_splits_share_no_set_of_pairs_and_twins_share_the_words():
         scenes = [world.sample_scene(rng, split) for _ in range(300)]
         sets[split] = {frozenset(thing[1:] for thing in scene.objects if thing) for scene in scenes}
         assert all(world.split_of(scene.objects) == split for scene in scenes)
-    assert not (sets["train"] & sets["test"] or sets["train"] & sets["val"] or sets["val"] & sets["test"])
+    assert not (
+        sets["train"] & sets["test"] or sets["train"] & sets["val"] or sets["val"] & sets["test"]
+    )
     for _ in range(100):
         scene = world.sample_scene(rng, "train")
         twin = world.sample_twin(scene, rng, "train")
         assert twin != scene and world.split_of(twin.objects) == "train"
-        words = [sorted(word for thing in s.objects if thing for word in thing) for s in (scene, twin)]
+        words = [
+            sorted(word for thing in s.objects if thing for word in thing) for s in (scene, twin)
+        ]
         assert words[0] == words[1]
 
 
 def test_scores_of_captions_written_by_hand():
-    true = "There are two objects on a navy background. In the top left there is a large cyan heart. "
+    true = (
+        "There are two objects on a navy background. In the top left there is a large cyan heart. "
+    )
     true += "In the bottom left there is a small pink square."
     assert world.score_captions([true], [[true]]) == {"attributes": 100, "objects": 100}
     wrong = true.replace("pink", "red").lower()
-    assert world.score_captions([wrong], [[true]]) == {"attributes": pytest.approx(500 / 6), "objects": 50}
+    assert world.score_captions([wrong], [[true]]) == {
+        "attributes": pytest.approx(500 / 6),
+        "objects": 50,
+    }
     assert world.score_captions(["nothing at all"], [[true]]) == {"attributes": 0, "objects": 0}
     invented = true + " In the top right there is a small red star."
     assert world.score_captions([invented], [[true]])["objects"] == pytest.approx(200 / 3)
@@ -135,7 +180,9 @@ def test_scores_of_captions_written_by_hand():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return world.build(tmp_path_factory.mktemp("toy") / "data", seed=3, train_scenes=40, test_scenes=30)
+    return world.build(
+        tmp_path_factory.mktemp("toy") / "data", seed=3, train_scenes=40, test_scenes=30
+    )
 
 
 def read_lines(path):
@@ -149,8 +196,13 @@ def test_training_records(folder):
         with Image.open(folder / record["image"]) as picture:
             assert picture.size == (48, 48) and picture.mode == "RGB"
         assert len(record["short"]) == 5 and len(record["long"]) == 1
-        words = [len(text.replace(".", " .").replace(",", " ,").split()) for text in record["short"] + record["long"]]
-        assert max(words[:5]) < 29 and words[5] >= 30  # short and long are told apart by 30 tokens, one is <s>
+        words = [
+            len(text.replace(".", " .").replace(",", " ,").split())
+            for text in record["short"] + record["long"]
+        ]
+        assert (
+            max(words[:5]) < 29 and words[5] >= 30
+        )  # short and long are told apart by 30 tokens, one is <s>
         groups.setdefault(record.get("group"), []).append(record)
     assert len(groups.pop(None)) == 20 and all(len(pair) == 2 for pair in groups.values())
 
@@ -161,10 +213,21 @@ def test_evaluation_files(folder, split):
     karpathy = json.loads((folder / split / "karpathy.json").read_text())
     assert {image["filename"] for image in karpathy["images"]} == pictures and len(pictures) == 30
     assert all(image["split"] == image["filepath"] == split for image in karpathy["images"])
-    long = {record["image"].split("/")[-1]: record["long"][0] for record in read_lines(folder / f"{split}.jsonl")}
+    long = {
+        record["image"].split("/")[-1]: record["long"][0]
+        for record in read_lines(folder / f"{split}.jsonl")
+    }
     for image in karpathy["images"]:
         assert len(image["sentences"]) == 5 and image["filename"] in long
-    for kind in ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att"):
+    for kind in (
+        "replace_obj",
+        "replace_att",
+        "replace_rel",
+        "swap_obj",
+        "swap_att",
+        "add_obj",
+        "add_att",
+    ):
         items = json.loads((folder / split / "sugarcrepe" / f"{kind}.json").read_text())
         assert list(items) == [str(i) for i in range(len(items))] and items
         for item in items.values():
@@ -175,13 +238,24 @@ def test_evaluation_files(folder, split):
         for item in items:
             assert len({item["caption"], item["caption2"], item["negative_caption"]}) == 3
     examples = read_lines(folder / split / "winoground" / "examples.jsonl")
-    assert len(examples) == 12 and {example["tag"] for example in examples} == {"color", "size", "place"}
+    assert len(examples) == 12 and {example["tag"] for example in examples} == {
+        "color",
+        "size",
+        "place",
+    }
     for example in examples:
         words = [sorted(example[f"caption_{i}"].lower().split()) for i in range(2)]
         assert words[0] == words[1] and example["caption_0"] != example["caption_1"]
-        assert all((folder / split / "winoground" / "images" / f"{example[f'image_{i}']}.png").exists() for i in (0, 1))
+        assert all(
+            (folder / split / "winoground" / "images" / f"{example[f'image_{i}']}.png").exists()
+            for i in (0, 1)
+        )
     for settings in json.loads((folder / split / "tests.json").read_text()).values():
-        assert all((folder / split / settings[key]).exists() for key in ("file", "images") if key in settings)
+        assert all(
+            (folder / split / settings[key]).exists()
+            for key in ("file", "images")
+            if key in settings
+        )
 
 
 def test_same_seed_same_files_and_no_second_build(folder, tmp_path):
@@ -207,9 +281,19 @@ def test_targets_are_the_next_tokens():
     from toy.pretrain import IGNORE, STOP, make_dialogues, make_tokenizer
 
     tokenizer, rng = make_tokenizer(), random.Random(5)
-    assert tokenizer.encode("USER: A red-ring, large.").tokens == ["<s>", "user:", "a", "red-ring", ",", "large", "."]
+    assert tokenizer.encode("USER: A red-ring, large.").tokens == [
+        "<s>",
+        "user:",
+        "a",
+        "red-ring",
+        ",",
+        "large",
+        ".",
+    ]
     for _ in range(20):
-        for dialogue in make_dialogues(world.sample_scene(rng, "train"), 0, rng, tokenizer, plain=False):
+        for dialogue in make_dialogues(
+            world.sample_scene(rng, "train"), 0, rng, tokenizer, plain=False
+        ):
             assert len(dialogue.ids) == len(dialogue.targets) and 0 not in dialogue.ids
             asked = [i for i, target in enumerate(dialogue.targets) if target != IGNORE]
             assert all(dialogue.targets[i] == dialogue.ids[i + 1] for i in asked)
@@ -217,7 +301,9 @@ def test_targets_are_the_next_tokens():
             if dialogue.summary:
                 position, words = dialogue.summary
                 assert tokenizer.id_to_token(dialogue.ids[position]) == "assistant:"
-                assert sum(words.values()) == pytest.approx(1) and dialogue.ids[position + 1] in words
+                assert (
+                    sum(words.values()) == pytest.approx(1) and dialogue.ids[position + 1] in words
+                )
 
 
 def test_binding_words_tell_a_scene_from_its_twin():
@@ -245,7 +331,9 @@ def test_the_checkpoint_gives_the_logits_of_transformers():
     transformers = pytest.importorskip("transformers")
     from model import Llava
 
-    reference = transformers.LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    reference = transformers.LlavaForConditionalGeneration.from_pretrained(
+        CHECKPOINT, dtype=torch.float32
+    ).eval()
     processor = transformers.AutoProcessor.from_pretrained(CHECKPOINT)
     picture = Image.fromarray(world.render(COLUMN, random.Random(0)))
     text = "USER: <image>\nSummarize the provided image in one word: ASSISTANT:"
@@ -276,7 +364,9 @@ def test_golden_caption():
     question = Dialogue(make_tokenizer(), 0)
     question.user(DESCRIBE)
     pixels = to_pixels([world.render(COLUMN, random.Random(0))])
-    answer = Llava.from_pretrained(CHECKPOINT).generate([question.ids], pixels, max_new_tokens=100)[0]
+    answer = Llava.from_pretrained(CHECKPOINT).generate([question.ids], pixels, max_new_tokens=100)[
+        0
+    ]
     text = TextTokenizer(CHECKPOINT).decode(answer)
     assert text.startswith(
         "there are two objects on a navy background. in the top left there is a large cyan heart. "
@@ -285,11 +375,15 @@ def test_golden_caption():
     assert is_true(text, COLUMN)
 
 
-@pytest.mark.parametrize("row", ["no training", "both + AR", "text only (E5-V's recipe)", "CLIP from scratch"])
+@pytest.mark.parametrize(
+    "row", ["no training", "both + AR", "text only (E5-V's recipe)", "CLIP from scratch"]
+)
 def test_every_kind_of_ablation_row_runs(row, tmp_path, monkeypatch):
     """A few steps on a small world: the columns are there."""
     folder = world.build(tmp_path / "data", train_scenes=24, test_scenes=12)
-    monkeypatch.setattr(ablation, "TrainConfig", partial(TrainConfig, batch_size=8, steps=2, device="cpu"))
+    monkeypatch.setattr(
+        ablation, "TrainConfig", partial(TrainConfig, batch_size=8, steps=2, device="cpu")
+    )
     monkeypatch.chdir(tmp_path)
     tests, data = folder / "test" / "tests.json", folder / "train.jsonl"
     result = ablation.run_row(row, 0, tests, data, seconds=0.5, model=str(TOY_MODEL))

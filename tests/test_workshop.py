@@ -1,4 +1,5 @@
-"""The workshop: every checker fails on the blank and passes with the solution, every notebook runs from top to bottom.
+"""The workshop: every checker fails on the blank and passes with the solution, every notebook runs
+from top to bottom.
 
 The notebooks themselves take some minutes: they run only where NANOVLADVA_WORKSHOP=1 is set.
 """
@@ -15,19 +16,26 @@ import pytest
 import torch
 from conftest import PROJECT
 
-matplotlib = pytest.importorskip("matplotlib")
-matplotlib.use("Agg")
+from workshop import build, checks
 
-from workshop import build, checks  # noqa: E402
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")  # the notebooks' figures are shown nowhere
 
 SOURCES = sorted((PROJECT / "workshop" / "source").glob("*.py"))
 CELLS = {path.stem: build.read_cells(path) for path in SOURCES}
-EXERCISES = [(stem, cell.name) for stem, cells in CELLS.items() for cell in cells if cell.kind == "exercise"]
+EXERCISES = [
+    (stem, cell.name) for stem, cells in CELLS.items() for cell in cells if cell.kind == "exercise"
+]
 
 # What people write: exercise, the wrong line in place of the right one, a word of the hint.
 MISTAKES = [
     ("1.1", "weight.flatten(1).T", "weight.transpose(2, 3).flatten(1).T", "numbers are not"),
-    ("1.1", "patches.flatten(3).flatten(1, 2)", "patches.permute(0, 2, 1, 3, 4, 5).flatten(3).flatten(1, 2)", "order"),
+    (
+        "1.1",
+        "patches.flatten(3).flatten(1, 2)",
+        "patches.permute(0, 2, 1, 3, 4, 5).flatten(3).flatten(1, 2)",
+        "order",
+    ),
     ("1.2", "features.flatten(0, 1)", "features.flip(0).flatten(0, 1)", "order"),
     ("1.2", "input_ids == image_token_id", "input_ids != image_token_id", "hint"),
     ("1.3", "masked_fill(future, -torch.inf)", "masked_fill(future, 0)", "future"),
@@ -57,12 +65,17 @@ MISTAKES = [
     ("4.2", "rank * (out + inside)", "out * inside", "counts W"),
     ("4.3", "W + scale * B @ A", "W + B @ A", "scale"),
     ("4.3", "W + scale * B @ A", "W.add_(scale * B @ A)", "W itself"),
-    ("4.4", "dy @ W + d_down @ A", "dy @ W", "two ways"),
-    ("4.4", "d_down.T @ x", "x.T @ d_down", "shape"),
+    ("4.4", "dy @ W + dp @ A", "dy @ W", "two ways"),
+    ("4.4", "dp.T @ x", "x.T @ dp", "shape"),
     ("4.5", "(ids - V).clamp(min=0)", "ids.clamp(max=2)", "row i"),
     ("5.1", "    optimizer.zero_grad()\n", "", "left over"),
     ("5.1", "    torch.nn.utils.clip_grad_norm_(parameters, 1.0)\n", "", "clip"),
-    ("5.2", "dict(soft_prompts=False, ar_weight=0.0)", "dict(soft_prompts=False)", "ar is on"),
+    (
+        "5.2",
+        "dict(soft_prompts=False, autoregressive_weight=0.0)",
+        "dict(soft_prompts=False)",
+        "ar is on",
+    ),
     ("5.3", "d.std()", "d.std(correction=0)", "n - 1"),
     ("5.4", "ids[places + 1]", "ids[places]", "real collate"),
     ("5.4", "labels[places[-1]] != layout.stop_id", "False", "stop"),
@@ -71,14 +84,19 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def after_setup():
-    """A function: notebook -> the names that its setup cells give. Small things stay in one process, in one folder."""
-    made, folder = {}, os.getcwd()
+    """A function: notebook -> the names that its setup cells give. All in one process, in the
+    project's folder."""
+    made = {}
+    folder = os.getcwd()
     os.chdir(PROJECT)
 
     def names(stem: str) -> dict:
         if stem not in made:
             made[stem] = {"__name__": "notebook"}
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 for cell in CELLS[stem]:
                     if cell.kind == "setup":
                         exec(compile(cell.text, f"{stem}, setup", "exec"), made[stem])
@@ -102,7 +120,9 @@ def check(names: dict, stem: str, name: str, answer: str) -> None:
 def test_the_blank_fails_and_the_solution_passes(stem, name, after_setup, capsys):
     with pytest.raises(checks.NotYet, match=f"^exercise {re.escape(name)}: ") as blank:
         check(after_setup(stem), stem, name, text_of(stem, "exercise", name))
-    assert "blank" in str(blank.value) or "missing" in str(blank.value) or name == "5.4", blank.value
+    assert "blank" in str(blank.value) or "missing" in str(blank.value) or name == "5.4", (
+        blank.value
+    )
     check(after_setup(stem), stem, name, text_of(stem, "solution", name))
     assert f"✓ exercise {name}" in capsys.readouterr().out
 
@@ -120,11 +140,19 @@ def test_common_mistakes_get_a_hint(name, right, wrong, hint, after_setup):
 def test_every_exercise_has_its_cells_and_the_share_that_is_typed_in_advance():
     assert len(CELLS) == 5
     for stem, cells in CELLS.items():
-        by_kind = {kind: [c.name for c in cells if c.kind == kind] for kind in ("exercise", "solution", "check")}
+        by_kind = {
+            kind: [c.name for c in cells if c.kind == kind]
+            for kind in ("exercise", "solution", "check")
+        }
         assert by_kind["exercise"] == by_kind["solution"] == by_kind["check"]
         assert 3 <= len(by_kind["exercise"]) <= 5
         blank = {line for c in cells if c.kind != "solution" for line in c.text.splitlines()}
-        solved = [line for c in cells if c.kind not in ("exercise", "[markdown]") for line in c.text.splitlines()]
+        solved = [
+            line
+            for c in cells
+            if c.kind not in ("exercise", "[markdown]")
+            for line in c.text.splitlines()
+        ]
         typed = sum(line not in blank for line in solved)
         assert typed <= 0.2 * len(solved), stem
 
@@ -141,14 +169,18 @@ def test_the_build_command_finds_a_changed_notebook(tmp_path):
     (folder / "source").mkdir(parents=True)
     (folder / "build.py").write_text((PROJECT / "workshop" / "build.py").read_text())
     (folder / "source" / "1.py").write_text("# %% [markdown]\n# # Title\n\n# %%\nx = 1\n")
-    run = lambda *flags: subprocess.run(  # noqa: E731
-        [sys.executable, folder / "build.py", *flags], capture_output=True, text=True
-    )
-    assert run("--check").returncode and not run().returncode and not run("--check").returncode
+
+    def build_there(*flags):
+        command = [sys.executable, folder / "build.py", *flags]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert build_there("--check").returncode
+    assert not build_there().returncode
+    assert not build_there("--check").returncode
     book = json.loads((folder / "1.ipynb").read_text())
     assert [cell["source"] for cell in book["cells"]] == [["# Title"], ["x = 1"]]
     (folder / "1.ipynb").write_text("{}")
-    assert "1.ipynb is not what its source gives" in run("--check").stderr
+    assert "1.ipynb is not what its source gives" in build_there("--check").stderr
 
 
 def test_a_hint_is_shown_without_a_traceback():
@@ -171,19 +203,23 @@ def test_replaced_puts_everything_back():
 SHORTER = """
 import dataclasses, functools, train
 @functools.wraps(train.train)
-def shorter(run, config, *rest, train=train.train):
-    train(run, dataclasses.replace(config, steps=6), *rest)
+def shorter(embedder, config, *rest, train=train.train):
+    train(embedder, dataclasses.replace(config, steps=6), *rest)
 train.train = shorter
 """
 
 
-@pytest.mark.skipif(not os.environ.get("NANOVLADVA_WORKSHOP"), reason="minutes: set NANOVLADVA_WORKSHOP=1")
+@pytest.mark.skipif(
+    not os.environ.get("NANOVLADVA_WORKSHOP"), reason="minutes: set NANOVLADVA_WORKSHOP=1"
+)
 @pytest.mark.parametrize("solved", [True, False], ids=["solutions", "blanks"])
 @pytest.mark.parametrize("stem", list(CELLS))
 def test_notebooks_run_from_top_to_bottom(stem, solved, monkeypatch):
-    """With solutions: without an error, in the project's folder. With blanks: from workshop/, with nothing but the
-    checkers' hints, as nothing depends on an answer (and with fewer steps of training)."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    """With solutions: without an error, in the project's folder. With blanks: from workshop/, with
+    nothing but the checkers' hints, as nothing depends on an answer (and with fewer steps of
+    training)."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = PROJECT if solved else PROJECT / "workshop"
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
@@ -192,9 +228,19 @@ def test_notebooks_run_from_top_to_bottom(stem, solved, monkeypatch):
     if not solved:
         book.cells.insert(0, nbformat.v4.new_code_cell(SHORTER))
     client = nbclient.NotebookClient(
-        book, timeout=300, kernel_name="python3", allow_errors=not solved, resources={"metadata": {"path": str(folder)}}
+        book,
+        timeout=300,
+        kernel_name="python3",
+        allow_errors=not solved,
+        resources={"metadata": {"path": str(folder)}},
     )
     client.execute()
-    errors = [out for cell in book.cells if cell.cell_type == "code" for out in cell.outputs if "ename" in out]
+    errors = [
+        out
+        for cell in book.cells
+        if cell.cell_type == "code"
+        for out in cell.outputs
+        if "ename" in out
+    ]
     wanted = [] if solved else ["NotYet"] * sum(exercise[0] == stem for exercise in EXERCISES)
     assert [error["ename"] for error in errors] == wanted, [error["evalue"] for error in errors]

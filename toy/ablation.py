@@ -21,15 +21,17 @@ from torch import nn
 from tqdm import tqdm
 
 from data import CaptionDataset, ResumableSampler, open_image
-from eval import TESTS, Embeddings, Run, evaluate, load_base, read_json, read_test, summary
+from eval import METRICS, Embedder, Embeddings, evaluate, load_base, read_test, summary
+from formats.files import read_json
 from losses import contrastive_loss
 from model import LanguageModel, VisionTower
+from runtime.embeddings import KeptEmbeddings
 from toy import world
 from train import TrainConfig, add_adapters, learning_rate_factor, make_optimizer, train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "ablation.json"
-NO_AR = {"ar_weight": 0.0}
+NO_AR = {"autoregressive_weight": 0.0}
 ROWS = {  # what differs from the default settings
     "no training": {"steps": 0},
     "soft prompts": NO_AR | {"lora_rank": 0},
@@ -48,30 +50,50 @@ ORDERINGS = [
     ("no training", "soft prompts", ("T2I@1", "I2T@1", "replace", "swap", "add")),
     ("soft prompts", "LoRA (VLM2Vec's recipe)", ("T2I@1", "replace", "swap")),
     ("LoRA (VLM2Vec's recipe)", "both", ("T2I@1", "I2T@1", "replace", "swap")),
-    ("both", "both + AR", ("T2I@1", "replace", "swap", "add", "wino group", "attributes", "described")),
+    (
+        "both",
+        "both + AR",
+        ("T2I@1", "replace", "swap", "add", "wino group", "attributes", "described"),
+    ),
     ("AR only", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add")),
     ("long captions contrasted", "both", ("T2I@1", "I2T@1")),
-    ("text only (E5-V's recipe)", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add", "attributes")),
-    ("LoRA (VLM2Vec's recipe)", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add", "attributes")),
-    ("CLIP from scratch", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add", "wino text", "wino group")),
+    (
+        "text only (E5-V's recipe)",
+        "both + AR",
+        ("T2I@1", "I2T@1", "replace", "swap", "add", "attributes"),
+    ),
+    (
+        "LoRA (VLM2Vec's recipe)",
+        "both + AR",
+        ("T2I@1", "I2T@1", "replace", "swap", "add", "attributes"),
+    ),
+    (
+        "CLIP from scratch",
+        "both + AR",
+        ("T2I@1", "I2T@1", "replace", "swap", "add", "wino text", "wino group"),
+    ),
     ("both + AR, random batches", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "wino group")),
 ]
 
 
-def train_text_only(run: Run, config: TrainConfig, dataset: CaptionDataset) -> None:
-    """E5-V (arXiv 2407.12580): two captions of one scene must find each other among the batch's, no image is seen.
+def train_text_only(embedder: Embedder, config: TrainConfig, dataset: CaptionDataset) -> None:
+    """E5-V (arXiv 2407.12580): two captions of one scene must find each other among the batch's, no
+    image is seen.
 
-    One direction and temperature 0.05, as there; its entailment pairs become pairs of captions of the same scene.
+    One direction and temperature 0.05, as there; its entailment pairs become pairs of captions of
+    the same scene.
     """
-    optimizer = make_optimizer(run.model, nn.Parameter(torch.zeros(())), config)
+    optimizer = make_optimizer(embedder.model, config)
     batches = ResumableSampler(dataset.units, config.batch_size, config.steps, config.seed)
     for step, keys in enumerate(tqdm(batches, desc="text only", unit="step", leave=False)):
         pairs = []
         for index, draw in keys:
             short, _ = dataset.captions(dataset.record(index))
             pairs.append((short[draw % len(short)], short[(draw + 1) % len(short)]))
-        rows = [[torch.tensor(run.layout.text_side(text)) for text in side] for side in zip(*pairs)]
-        anchors, positives = (embed_rows(run.model, side) for side in rows)
+        rows = [
+            [torch.tensor(embedder.layout.text_side(text)) for text in side] for side in zip(*pairs)
+        ]
+        anchors, positives = (embed_rows(embedder.model, side) for side in rows)
         similarity = F.normalize(anchors, dim=-1) @ F.normalize(positives, dim=-1).T / 0.05
         optimize(F.cross_entropy(similarity, torch.arange(len(pairs))), optimizer, step, config)
 
@@ -82,22 +104,28 @@ def embed_rows(model: nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
     return hidden[torch.arange(len(rows)), last]
 
 
-def optimize(loss: torch.Tensor, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
+def optimize(
+    loss: torch.Tensor, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig
+) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
     loss.backward()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.clip)
+    nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], config.clip
+    )
     optimizer.step()
     optimizer.zero_grad()
 
 
 class Clip(nn.Module):
-    """CLIP (arXiv 2103.00020) with the sizes of TinyLLaVA's parts: class token and last text token, projected."""
+    """CLIP (arXiv 2103.00020) with the sizes of TinyLLaVA's parts: class token and last text token,
+    projected.
+    """
 
-    def __init__(self, run: Run):
+    def __init__(self, embedder: Embedder):
         super().__init__()
-        config = run.model.config
-        self.layout, self.processor = run.layout, run.processor
+        config = embedder.model.config
+        self.layout, self.processor = embedder.layout, embedder.processor
         self.vision = VisionTower(config.vision, config.vision.num_hidden_layers)
         self.text = LanguageModel(config.text)
         self.project = nn.Linear(config.vision.hidden_size, config.text.hidden_size, bias=False)
@@ -111,7 +139,10 @@ class Clip(nn.Module):
 
     def texts(self, captions: list[str]) -> torch.Tensor:
         tokenizer = self.layout.tokenizer
-        ids = [torch.tensor([*tokenizer.begin, *tokenizer.encode(text), self.layout.stop_id]) for text in captions]
+        ids = [
+            torch.tensor([*tokenizer.begin, *tokenizer.encode(text), self.layout.stop_id])
+            for text in captions
+        ]
         hidden = self.text(self.text.embed_tokens(nn.utils.rnn.pad_sequence(ids, batch_first=True)))
         return hidden[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
 
@@ -120,30 +151,39 @@ class ClipEmbeddings(Embeddings):
     """What the tests ask for, from a Clip."""
 
     def __init__(self, clip: Clip):
-        self.run, self.known, self.folder = clip, {}, None
+        self.clip = clip
+        self.kept = KeptEmbeddings()
 
     @torch.no_grad()
-    def images(self, paths):
-        load = lambda path: self.run.processor(open_image(path))  # noqa: E731
-        encode = lambda clip, part: F.normalize(clip.images(torch.stack(part)), dim=-1)  # noqa: E731
-        return self.look_up([str(path).encode() for path in paths], paths, 256, "pictures", load, encode)
+    def encode_files(self, paths: list[Path]) -> torch.Tensor:
+        pixels = [self.clip.processor(open_image(path)) for path in paths]
+        return F.normalize(self.clip.images(torch.stack(pixels)), dim=-1)
 
     @torch.no_grad()
-    def texts(self, captions):
-        encode = lambda clip, part: F.normalize(clip.texts(part), dim=-1)  # noqa: E731
-        return self.look_up([text.encode() for text in captions], captions, 512, "captions", str, encode)
+    def encode_captions(self, captions: list[str]) -> torch.Tensor:
+        return F.normalize(self.clip.texts(captions), dim=-1)
 
 
-def train_clip(run: Run, config: TrainConfig, dataset: CaptionDataset, seconds: float, peak_lr: float = 1e-3) -> Clip:
+def train_clip(
+    embedder: Embedder,
+    config: TrainConfig,
+    dataset: CaptionDataset,
+    seconds: float,
+    peak_lr: float = 1e-3,
+) -> Clip:
     torch.manual_seed(config.seed)
-    clip, started, step = Clip(run), time.perf_counter(), 0
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05)
+    clip, started, step = Clip(embedder), time.perf_counter(), 0
+    optimizer = torch.optim.AdamW(
+        clip.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05
+    )
     units = dataset.units if config.groups else range(len(dataset))
     batches = iter(ResumableSampler(units, config.batch_size, 10**6, config.seed))
     with tqdm(total=round(seconds), desc="CLIP from scratch", unit="s", leave=False) as progress:
         while (elapsed := time.perf_counter() - started) < seconds:
             progress.update(int(elapsed) - progress.n)
-            factor = min(1, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds)))
+            factor = min(1, (step + 1) / 50) * (
+                0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds))
+            )
             samples = [dataset[key] for key in next(batches)]
             images = clip.images(torch.stack([sample.pixel_values for sample in samples]))
             texts = clip.texts([sample.short for sample in samples])
@@ -159,33 +199,49 @@ def train_clip(run: Run, config: TrainConfig, dataset: CaptionDataset, seconds: 
 
 def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model: str) -> dict:
     """Train one row with one seed and test it."""
-    config = TrainConfig(model=model, seed=seed, **{k: v for k, v in ROWS[name].items() if k != "steps"})
-    run = load_base(config.model, "cpu")
+    config = TrainConfig(
+        model=model, seed=seed, **{k: v for k, v in ROWS[name].items() if k != "steps"}
+    )
+    embedder = load_base(config.model, "cpu")
     started = time.perf_counter()
     if name == "no training":
-        return {"columns": summary(evaluate(Embeddings(run), tests, world.score_captions)), "seconds": 0.0}
+        return {
+            "columns": summary(evaluate(Embeddings(embedder), tests, world.score_captions)),
+            "seconds": 0.0,
+        }
     if name.startswith("CLIP"):
-        clip = train_clip(run, config, CaptionDataset(data, run.layout, run.processor), seconds)
+        clip = train_clip(
+            embedder, config, CaptionDataset(data, embedder.layout, embedder.processor), seconds
+        )
         embeddings, tables = ClipEmbeddings(clip), {}
         for test, s in read_json(tests).items():
             if test != "captioning":
                 file, images = tests.parent / s["file"], tests.parent / s["images"]
-                tables[test] = TESTS[test](embeddings, read_test(test, file, images, s.get("split", "test"))[0])
+                tables[test] = METRICS[test](
+                    embeddings, read_test(test, file, images, s.get("split", "test"))[0]
+                )
         return {"columns": summary(tables), "seconds": seconds}
-    add_adapters(run, config)
-    dataset = CaptionDataset(data, run.layout, run.processor, contrast=config.contrast)
+    add_adapters(embedder, config)
+    dataset = CaptionDataset(data, embedder.layout, embedder.processor, contrast=config.contrast)
     curve = []
     if name.startswith("text only"):
-        train_text_only(run, config, dataset)
+        train_text_only(embedder, config, dataset)
     else:
         out = Path("runs") / "ablation"
         shutil.rmtree(out, ignore_errors=True)
         (out / "checkpoints").mkdir(parents=True)
-        train(run, config, dataset, out)
-        curve = [json.loads(line)["contrastive"] for line in (out / "log.jsonl").read_text().splitlines()]
-    result = {"seconds": time.perf_counter() - started, "contrastive": [round(value, 4) for value in curve]}
-    run.model.eval()
-    return result | {"columns": summary(evaluate(Embeddings(run), tests, world.score_captions))}
+        train(embedder, config, dataset, out)
+        curve = [
+            json.loads(line)["contrastive"] for line in (out / "log.jsonl").read_text().splitlines()
+        ]
+    result = {
+        "seconds": time.perf_counter() - started,
+        "contrastive": [round(value, 4) for value in curve],
+    }
+    embedder.model.eval()
+    return result | {
+        "columns": summary(evaluate(Embeddings(embedder), tests, world.score_captions))
+    }
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -201,12 +257,16 @@ def interval(values: list[float]) -> tuple[float, float]:
 def report(results: dict[str, dict[str, dict]]) -> str:
     """Markdown: the table of means and intervals, and what became of the paper's orderings."""
     names = [name for name in ROWS if name in results]
-    columns = list(dict.fromkeys(c for name in names for r in results[name].values() for c in r["columns"]))
+    columns = list(
+        dict.fromkeys(c for name in names for r in results[name].values() for c in r["columns"])
+    )
     lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
         cells = []
         for column in columns:
-            values = [r["columns"][column] for r in results[name].values() if column in r["columns"]]
+            values = [
+                r["columns"][column] for r in results[name].values() if column in r["columns"]
+            ]
             mean, half = interval(values) if values else (math.nan, 0)
             spread = f" ± {half:.1f}" if name != "no training" and math.isfinite(half) else ""
             cells.append(f"{mean:.1f}{spread}" if values else "-")
@@ -227,7 +287,11 @@ def verdict(results: dict, first: str, second: str, column: str) -> str:
     base = results[first]
     if first == "no training":  # the same for every seed
         base = dict.fromkeys(results[second], base["0"])
-    pairs = [(base[seed]["columns"], result["columns"]) for seed, result in results[second].items() if seed in base]
+    pairs = [
+        (base[seed]["columns"], result["columns"])
+        for seed, result in results[second].items()
+        if seed in base
+    ]
     mean, half = interval([after[column] - before[column] for before, after in pairs])
     if len(pairs) < 2:
         return f"| {first} | {second} | {column} | {mean:+.1f} | (one seed) |"
@@ -236,14 +300,21 @@ def verdict(results: dict, first: str, second: str, column: str) -> str:
 
 
 def draw_collapse(results: dict[str, dict[str, dict]], path: Path) -> None:
-    """The contrastive loss of short and of long captions in training, and what comes of it: needs matplotlib."""
+    """The contrastive loss of short and of long captions in training, and what comes of it: needs
+    matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = {"both": ("short captions", "tab:blue"), "long captions contrasted": ("long captions", "tab:orange")}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[2, 1], layout="constrained")
+    rows = {
+        "both": ("short captions", "tab:blue"),
+        "long captions contrasted": ("long captions", "tab:orange"),
+    }
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.4), width_ratios=[2, 1], layout="constrained"
+    )
     for number, (name, (label, color)) in enumerate(rows.items()):
         runs = [result for result in results[name].values() if result.get("contrastive")]
         for run in runs:
@@ -253,21 +324,50 @@ def draw_collapse(results: dict[str, dict[str, dict]], path: Path) -> None:
         left.plot(smooth, color=color, label=label)
         for place, column in enumerate(("T2I@1", "I2T@1", "swap", "add")):
             mean, half = interval([run["columns"][column] for run in runs])
-            right.bar(place + 0.4 * number - 0.2, mean, 0.38, color=color, yerr=half if math.isfinite(half) else None)
-    left.set(yscale="log", xlabel="step", ylabel="contrastive loss", title="in training (thin: single seeds)")
+            right.bar(
+                place + 0.4 * number - 0.2,
+                mean,
+                0.38,
+                color=color,
+                yerr=half if math.isfinite(half) else None,
+            )
+    left.set(
+        yscale="log",
+        xlabel="step",
+        ylabel="contrastive loss",
+        title="in training (thin: single seeds)",
+    )
     left.legend()
-    right.set(xticks=range(4), xticklabels=["T2I@1", "I2T@1", "swap", "add"], title="on test scenes", ylim=(0, 105))
+    right.set(
+        xticks=range(4),
+        xticklabels=["T2I@1", "I2T@1", "swap", "add"],
+        title="on test scenes",
+        ylim=(0, 105),
+    )
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="(all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="(all)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--split", choices=["val", "test"], default="test", help="scenes of the tables (test)")
+    parser.add_argument(
+        "--split", choices=["val", "test"], default="test", help="scenes of the tables (test)"
+    )
     parser.add_argument("--model", default="toy/tiny-llava", help="the base (toy/tiny-llava)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results, read and extended (toy/ablation.json)")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the collapse of long captions (matplotlib)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="results, read and extended (toy/ablation.json)"
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="PNG",
+        help="draw the collapse of long captions (matplotlib)",
+    )
     args = parser.parse_args()
     folder = world.build(HERE / "data")
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -279,7 +379,12 @@ def main() -> None:
             print(f"{name}, seed {seed}")
             seconds = results.get("both + AR", {}).get(str(seed), {}).get("seconds", 150.0)
             done[str(seed)] = run_row(
-                name, seed, folder / args.split / "tests.json", folder / "train.jsonl", seconds, args.model
+                name,
+                seed,
+                folder / args.split / "tests.json",
+                folder / "train.jsonl",
+                seconds,
+                args.model,
             )
             args.out.write_text(json.dumps(results, indent=1) + "\n")
     table = report(results)

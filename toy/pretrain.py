@@ -56,9 +56,16 @@ ADAMW_RATE = 1.8e-3
 SUMMARY_WEIGHT = 1.0  # of the summaries' loss against the answers'; at 0.2 the summaries of texts stay bags of words
 LOG_EVERY = 50  # steps
 
-VISION = VisionConfig(hidden_size=160, intermediate_size=640, num_hidden_layers=5, num_attention_heads=5)
-VISION.image_size, VISION.patch_size = world.IMAGE_SIZE, 12  # 16 image tokens; the fifth layer is never read
-TEXT = TextConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4)
+VISION = VisionConfig(
+    hidden_size=160, intermediate_size=640, num_hidden_layers=5, num_attention_heads=5
+)
+VISION.image_size, VISION.patch_size = (
+    world.IMAGE_SIZE,
+    12,
+)  # 16 image tokens; the fifth layer is never read
+TEXT = TextConfig(
+    hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4
+)
 TEXT.max_position_embeddings = 512
 MODEL = LlavaConfig(VISION, TEXT, image_token_id=IMAGE, pad_token_id=PAD, eos_token_ids=(STOP,))
 
@@ -70,23 +77,43 @@ def binding_words() -> list[str]:
     """Every compound noun that can be true of a scene."""
     color_shape = [f"{color}-{shape}" for color in world.COLORS for shape in world.SHAPES]
     qualities = [*world.COLORS, *world.SHAPES]
-    return color_shape + [f"{word}-{q}" for word in [*world.SIZES, "left", "right", "top", "bottom"] for q in qualities]
+    return color_shape + [
+        f"{word}-{q}"
+        for word in [*world.SIZES, "left", "right", "top", "bottom"]
+        for q in qualities
+    ]
 
 
 def make_tokenizer() -> Tokenizer:
-    """One token a word: lower case, "USER:" and "ASSISTANT:" and compound nouns in one piece, `<s>` in front."""
-    plain = [*world.SIZES, *world.COLORS, *world.SHAPES, *world.BACKGROUNDS, *world.NUMBERS.values()]
+    """One token a word: lower case, "USER:" and "ASSISTANT:" and compound nouns in one piece, `<s>`
+    in front.
+    """
+    plain = [
+        *world.SIZES,
+        *world.COLORS,
+        *world.SHAPES,
+        *world.BACKGROUNDS,
+        *world.NUMBERS.values(),
+    ]
     words = dict.fromkeys([*SPECIAL, *OTHER_WORDS.split(), *plain, *binding_words()])
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
-    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # joins words by spaces, none before punctuation
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", START)]
+    )
+    tokenizer.decoder = decoders.WordPiece(
+        cleanup=True
+    )  # joins words by spaces, none before punctuation
     return tokenizer
 
 
-def summary_words(things: list[Thing], sides: list[set[str]], background: str | None, plain: bool) -> dict[str, float]:
+def summary_words(
+    things: list[Thing], sides: list[set[str]], background: str | None, plain: bool
+) -> dict[str, float]:
     """The words that may stand for a picture or a text, with their weights.
 
     `sides[i]`: on which sides of another thing the i-th is known to be ("left", "top", ...).
@@ -99,13 +126,23 @@ def summary_words(things: list[Thing], sides: list[set[str]], background: str | 
             words.update({size: 0.4} if size else {})
             continue
         words.update({f"{color}-{shape}": 1.0} if color else {})
-        words.update({f"{word}-{quality}": 0.4 for word in [size, *sorted(known)] if word for quality in qualities})
+        words.update(
+            {
+                f"{word}-{quality}": 0.4
+                for word in [size, *sorted(known)]
+                if word
+                for quality in qualities
+            }
+        )
     return words
 
 
 def summarize_scene(scene: Scene, plain: bool) -> dict[str, float]:
     places = scene.occupied()
-    sides = [{SIDES[r][0] for r in RELATIONS for other in places if holds(r, place, other)} for place in places]
+    sides = [
+        {SIDES[r][0] for r in RELATIONS for other in places if holds(r, place, other)}
+        for place in places
+    ]
     return summary_words([scene.objects[place] for place in places], sides, scene.background, plain)
 
 
@@ -118,7 +155,9 @@ def summarize_caption(caption: Caption, plain: bool) -> dict[str, float]:
 
 
 class Dialogue:
-    """A conversation in LLaVA-1.5's template: token ids, and at each position the id that should come next."""
+    """A conversation in LLaVA-1.5's template: token ids, and at each position the id that should
+    come next.
+    """
 
     def __init__(self, tokenizer: Tokenizer, scene_index: int | None = None):
         self.tokenizer, self.scene_index = tokenizer, scene_index
@@ -144,7 +183,9 @@ class Dialogue:
         self.targets[-1:] = [*answer, IGNORE]
 
     def summarize(self, words: dict[str, float], rng: random.Random) -> None:
-        """Ask for the distribution of true words at the last position; the dialogue goes on with one of them."""
+        """Ask for the distribution of true words at the last position; the dialogue goes on with
+        one of them.
+        """
         total = sum(words.values())
         ids = {self.tokenizer.token_to_id(word): weight / total for word, weight in words.items()}
         self.summary = len(self.ids) - 1, ids
@@ -174,29 +215,43 @@ def ask_about_scene(scene: Scene, rng: random.Random) -> tuple[str, str]:
         return f"What {quality} is the object in the {PLACES[place]}?", getattr(thing, quality)
     if kind == 5:
         other = rng.choice([other for other in scene.occupied() if other != place])
-        relation = rng.choice([r for r in RELATIONS if holds(r, place, other) or holds(r, other, place)])
+        relation = rng.choice(
+            [r for r in RELATIONS if holds(r, place, other) or holds(r, other, place)]
+        )
         names = [f"{t.color} {t.shape}" for t in (thing, scene.objects[other])]
-        return f"Is the {names[0]} {relation} the {names[1]}?", yes_or_no(holds(relation, place, other))
+        return f"Is the {names[0]} {relation} the {names[1]}?", yes_or_no(
+            holds(relation, place, other)
+        )
     return "Describe the image briefly.", str(world.sample_caption(scene, rng))
 
 
 def ask_about_caption(caption: Caption, rng: random.Random) -> tuple[str, str]:
-    """A question about a text; most cannot be answered from its words alone, without their order."""
+    """A question about a text; most cannot be answered from its words alone, without their
+    order.
+    """
     things, relation = caption.things, caption.relation
     if relation and rng.random() < 0.4:
         asked = rng.choice([relation, OPPOSITE[relation]])
-        return f"Is the {name(things[0])} {asked} the {name(things[1])}?", yes_or_no(asked == relation)
+        return f"Is the {name(things[0])} {asked} the {name(things[1])}?", yes_or_no(
+            asked == relation
+        )
     if len(things) > 1 and things[0].color and things[1].color and rng.random() < 0.5:
         thing = things[0]._replace(color=rng.choice(things[:2]).color)
         statement = any(thing[1:] == other[1:] for other in things)
         return f"Is there {world.with_article(thing._replace(size=None))}?", yes_or_no(statement)
     thing, quality = rng.choice(things), rng.choice(["color", "size"])
     answers = {getattr(other, quality) for other in things if other.shape == thing.shape}
-    return f"What {quality} is the {thing.shape}?", (answers.pop() if len(answers) == 1 else None) or "unknown"
+    return f"What {quality} is the {thing.shape}?", (
+        answers.pop() if len(answers) == 1 else None
+    ) or "unknown"
 
 
-def make_dialogues(scene: Scene, index: int, rng: random.Random, tokenizer: Tokenizer, plain: bool) -> list[Dialogue]:
-    """Four dialogues about a scene: describe it; summarize it, then answer questions; and twice the same on a text."""
+def make_dialogues(
+    scene: Scene, index: int, rng: random.Random, tokenizer: Tokenizer, plain: bool
+) -> list[Dialogue]:
+    """Four dialogues about a scene: describe it; summarize it, then answer questions; and twice the
+    same on a text.
+    """
     describe = Dialogue(tokenizer, index)
     describe.user(DESCRIBE)
     describe.assistant(world.long_caption(scene, rng))
@@ -235,7 +290,10 @@ def initialize(model: Llava) -> None:
 
 def to_pixels(pictures: list) -> torch.Tensor:
     """(48, 48, 3) uint8 arrays -> (B, 3, 48, 48), normalised as preprocessor_config.json says."""
-    return torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 127.5 - 1
+    return (
+        torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 127.5
+        - 1
+    )
 
 
 def pad(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -243,13 +301,19 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-def losses(model: Llava, pixels: torch.Tensor, dialogues: list[Dialogue]) -> tuple[torch.Tensor, ...]:
-    """Cross-entropy of the answers, and of the summaries against their distribution; share of answer tokens right."""
+def losses(
+    model: Llava, pixels: torch.Tensor, dialogues: list[Dialogue]
+) -> tuple[torch.Tensor, ...]:
+    """Cross-entropy of the answers, and of the summaries against their distribution; share of
+    answer tokens right.
+    """
     device = model.device
     features = model.image_features(pixels.to(device))
     answers, targets, summaries, distributions = [], [], [], []
     by_length = sorted(dialogues, key=lambda dialogue: len(dialogue.ids))
-    for start in range(0, len(by_length), len(pixels)):  # four groups of like length: little padding
+    for start in range(
+        0, len(by_length), len(pixels)
+    ):  # four groups of like length: little padding
         group = by_length[start : start + len(pixels)]
         scenes = [dialogue.scene_index for dialogue in group if dialogue.scene_index is not None]
         ids = pad([dialogue.ids for dialogue in group], PAD).to(device)
@@ -272,18 +336,26 @@ def losses(model: Llava, pixels: torch.Tensor, dialogues: list[Dialogue]) -> tup
 
 
 def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool) -> list[dict]:
-    """Muon for the layers' matrices, AdamW for the rest, for a fixed number of steps; returns the log.
+    """Muon for the layers' matrices, AdamW for the rest, for a fixed number of steps; returns the
+    log.
 
-    Muon (kellerjordan.github.io/posts/muon) learns to tell shapes apart far sooner than AdamW alone: toy/README.md.
+    Muon (kellerjordan.github.io/posts/muon) learns to tell shapes apart far sooner than AdamW
+    alone: toy/README.md.
     """
     rng = random.Random(f"pretrain {seed}")
 
     def decay(step: int) -> float:
         return min(1, (step + 1) / 100) * (0.515 + 0.485 * math.cos(math.pi * step / steps))
 
-    names = {name for name, p in model.named_parameters() if p.ndim == 2 and ("layers" in name or "projector" in name)}
+    names = {
+        name
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and ("layers" in name or "projector" in name)
+    }
     matrices = [p for name, p in model.named_parameters() if name in names]
-    others = [p for name, p in model.named_parameters() if name not in names]  # embeddings, patches, head, vectors
+    others = [
+        p for name, p in model.named_parameters() if name not in names
+    ]  # embeddings, patches, head, vectors
     optimizers = [
         torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=ADAMW_RATE, weight_decay=0.0, betas=(0.9, 0.98)),
@@ -293,7 +365,11 @@ def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool
     for step in (progress := tqdm(range(1, steps + 1), desc="pre-training", unit="step")):
         scenes = [world.sample_scene(rng, "train") for _ in range(SCENES_A_STEP)]
         pixels = to_pixels([world.render(scene, rng) for scene in scenes])
-        dialogues = [d for i, scene in enumerate(scenes) for d in make_dialogues(scene, i, rng, tokenizer, plain)]
+        dialogues = [
+            d
+            for i, scene in enumerate(scenes)
+            for d in make_dialogues(scene, i, rng, tokenizer, plain)
+        ]
         answer_loss, summary_loss, right = losses(model, pixels, dialogues)
         model.zero_grad()
         (answer_loss + SUMMARY_WEIGHT * summary_loss).backward()
@@ -305,7 +381,9 @@ def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool
             means = [round(value, 4) for value in (sums / (step % LOG_EVERY or LOG_EVERY)).tolist()]
             log.append({"step": step, "minutes": round((time.time() - started) / 60, 2)})
             log[-1] |= dict(zip(("answer_loss", "summary_loss", "answer_accuracy"), means))
-            progress.set_postfix(answers=f"{means[0]:.3f}", summaries=f"{means[1]:.3f}", right=f"{means[2]:.3f}")
+            progress.set_postfix(
+                answers=f"{means[0]:.3f}", summaries=f"{means[1]:.3f}", right=f"{means[2]:.3f}"
+            )
             sums.zero_()
     return log
 
@@ -314,7 +392,9 @@ def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool
 
 
 @torch.no_grad()
-def embed(model: Llava, dialogues: list[Dialogue], features: torch.Tensor | None = None) -> torch.Tensor:
+def embed(
+    model: Llava, dialogues: list[Dialogue], features: torch.Tensor | None = None
+) -> torch.Tensor:
     """The normalised hidden state at the last position of each dialogue, (B, D)."""
     ids = pad([dialogue.ids for dialogue in dialogues], PAD).to(model.device)
     last = torch.tensor([len(dialogue.ids) - 1 for dialogue in dialogues])
@@ -323,7 +403,9 @@ def embed(model: Llava, dialogues: list[Dialogue], features: torch.Tensor | None
 
 @torch.no_grad()
 def evaluate(model: Llava, tokenizer: Tokenizer, number: int = 500) -> dict[str, float]:
-    """What the base can do without any fine-tuning, on validation scenes; in percent, except the two distances."""
+    """What the base can do without any fine-tuning, on validation scenes; in percent, except the
+    two distances.
+    """
     rng = random.Random("pretrain evaluation")
     scenes = [world.sample_scene(rng, "val") for _ in range(number)]
     pixels = to_pixels([world.render(scene, rng) for scene in scenes]).to(model.device)
@@ -346,9 +428,14 @@ def evaluate(model: Llava, tokenizer: Tokenizer, number: int = 500) -> dict[str,
     images, texts = embed(model, [look] * number, features), embed_texts(captions)
     similarity = images @ texts.T
     for direction, matrix in (("i2t_r1", similarity), ("t2i_r1", similarity.T)):
-        scores[direction] = 100 * (matrix.argmax(dim=1).cpu() == torch.arange(number)).float().mean().item()
+        scores[direction] = (
+            100 * (matrix.argmax(dim=1).cpu() == torch.arange(number)).float().mean().item()
+        )
     for kind in ("swap_obj", "swap_att", "replace_obj", "replace_rel"):
-        found = [(i, world.sample_negatives(captions[i], scenes[i], rng).get(kind)) for i in range(number)]
+        found = [
+            (i, world.sample_negatives(captions[i], scenes[i], rng).get(kind))
+            for i in range(number)
+        ]
         index, negatives = zip(*[(i, negative) for i, negative in found if negative])
         index, false = torch.tensor(index), embed_texts(list(negatives))
         wins = (images[index] * (texts[index] - false)).sum(dim=-1) > 0
@@ -361,19 +448,35 @@ def evaluate(model: Llava, tokenizer: Tokenizer, number: int = 500) -> dict[str,
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def save(model: Llava, tokenizer: Tokenizer, folder: Path, log: list[dict], scores: dict[str, float]) -> None:
+def save(
+    model: Llava, tokenizer: Tokenizer, folder: Path, log: list[dict], scores: dict[str, float]
+) -> None:
     """Writes a Hugging Face LLaVA folder beside `folder`, then puts it in its place."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save(str(unfinished / "tokenizer.json"))
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    switched_on = dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True)
+    switched_on = dict.fromkeys(
+        ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True
+    )
     side, owner = world.IMAGE_SIZE, {"processor_class": "LlavaProcessor"}
-    image_tokens = {"patch_size": VISION.patch_size, "num_additional_image_tokens": 1, "image_token": "<image>"}
-    pixels = {"rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    image_tokens = {
+        "patch_size": VISION.patch_size,
+        "num_additional_image_tokens": 1,
+        "image_token": "<image>",
+    }
+    pixels = {
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 3,
+    }
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": "<image>"}}
+    tokens = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "extra_special_tokens": {"image_token": "<image>"},
+    }
     files = {
         "tokenizer_config.json": owner | tokens | special | {"clean_up_tokenization_spaces": False},
         "preprocessor_config.json": owner
@@ -381,7 +484,9 @@ def save(model: Llava, tokenizer: Tokenizer, folder: Path, log: list[dict], scor
         | switched_on
         | sizes
         | pixels,
-        "processor_config.json": owner | image_tokens | {"vision_feature_select_strategy": "default"},
+        "processor_config.json": owner
+        | image_tokens
+        | {"vision_feature_select_strategy": "default"},
         "pretraining.json": {"scores": scores, "log": log},
     }
     for file, content in files.items():
@@ -392,14 +497,22 @@ def save(model: Llava, tokenizer: Tokenizer, folder: Path, log: list[dict], scor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-trains TinyLLaVA on the toy world.")
-    parser.add_argument("--out", type=Path, default=Path("toy/tiny-llava"), help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps; fewer for a trial")
+    parser.add_argument(
+        "--out", type=Path, default=Path("toy/tiny-llava"), help="folder of the checkpoint"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="optimizer steps; fewer for a trial"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the scenes")
-    parser.add_argument("--plain", action="store_true", help="summaries without binding words (an ablation)")
+    parser.add_argument(
+        "--plain", action="store_true", help="summaries without binding words (an ablation)"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer()
-    config = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, vocab_size=tokenizer.get_vocab_size()))
+    config = dataclasses.replace(
+        MODEL, text=dataclasses.replace(MODEL.text, vocab_size=tokenizer.get_vocab_size())
+    )
     model = Llava(config)
     initialize(model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -80,15 +80,34 @@ SHAPES = {
     "bar": [("box", 0, 0.3, 1, 0.7)],
     "hourglass": [("polygon", 0, 0, 1, 0, 0.5, 0.55), ("polygon", 0, 1, 1, 1, 0.5, 0.45)],
     "dome": [("ellipse", 0, 0.15, 1, 1.5), ("erase box", 0, 0.82, 1, 1)],
-    "ladder": [("box", 0, 0, 0.24, 1), ("box", 0.76, 0, 1, 1), ("box", 0, 0.2, 1, 0.4), ("box", 0, 0.62, 1, 0.82)],
+    "ladder": [
+        ("box", 0, 0, 0.24, 1),
+        ("box", 0.76, 0, 1, 1),
+        ("box", 0, 0.2, 1, 0.4),
+        ("box", 0, 0.62, 1, 0.82),
+    ],
     "corner": [("box", 0, 0, 0.34, 1), ("box", 0, 0.66, 1, 1)],
 }
-BACKGROUNDS = {"black": (12, 12, 12), "gray": (120, 120, 120), "maroon": (85, 15, 30), "navy": (20, 20, 90)}
-PLACES = ["top left", "top right", "bottom left", "bottom right"]  # place p is row p // 2, column p % 2
+BACKGROUNDS = {
+    "black": (12, 12, 12),
+    "gray": (120, 120, 120),
+    "maroon": (85, 15, 30),
+    "navy": (20, 20, 90),
+}
+PLACES = [
+    "top left",
+    "top right",
+    "bottom left",
+    "bottom right",
+]  # place p is row p // 2, column p % 2
 RELATIONS = ["left of", "right of", "above", "below"]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-ATTRIBUTES = {"size": list(SIZES), "color": list(COLORS), "shape": list(SHAPES)}  # the fields of a Thing
+ATTRIBUTES = {
+    "size": list(SIZES),
+    "color": list(COLORS),
+    "shape": list(SHAPES),
+}  # the fields of a Thing
 OPENINGS = ["", "there is ", "a picture of ", "the picture shows "]
 
 
@@ -109,7 +128,9 @@ class Scene(NamedTuple):
 
 
 class Caption(NamedTuple):
-    """What a short caption says; `str(caption)` is its sentence. A relation holds between the first two things."""
+    """What a short caption says; `str(caption)` is its sentence. A relation holds between the first
+    two things.
+    """
 
     opening: str
     things: tuple[Thing, ...]
@@ -156,13 +177,17 @@ def holds(relation: str, first: int, second: int) -> bool:
 
 
 def split_of(objects: tuple[Thing | None, ...]) -> str:
-    """ "train", "val" or "test", from a hash of the scene's set of (color, shape) pairs: 80, 10 and 10 %."""
+    """ "train", "val" or "test", from a hash of the scene's set of (color, shape) pairs: 80, 10 and
+    10 %.
+    """
     pairs = sorted(f"{thing.color} {thing.shape}" for thing in objects if thing)
     return ["test", "val", *["train"] * 8][zlib.crc32(", ".join(pairs).encode()) % 10]
 
 
 def is_valid(objects: tuple[Thing | None, ...], split: str) -> bool:
-    """No two objects share color and shape (a caption could not tell them apart), and the set is of this split."""
+    """No two objects share color and shape (a caption could not tell them apart), and the set is of
+    this split.
+    """
     pairs = [thing[1:] for thing in objects if thing]
     return len(set(pairs)) == len(pairs) and split_of(objects) == split
 
@@ -173,13 +198,19 @@ def sample_scene(rng: random.Random, split: str, number: int | None = None) -> S
     while True:
         objects: list[Thing | None] = [None] * 4
         for place in rng.sample(range(4), number):
-            objects[place] = Thing(rng.choice(list(SIZES)), rng.choice(list(COLORS)), rng.choice(list(SHAPES)))
+            objects[place] = Thing(
+                rng.choice(list(SIZES)), rng.choice(list(COLORS)), rng.choice(list(SHAPES))
+            )
         if is_valid(tuple(objects), split):
             return Scene(rng.choice(list(BACKGROUNDS)), tuple(objects))
 
 
-def exchange(things: tuple[Thing | None, ...], first: int, second: int, what: str) -> tuple[Thing | None, ...]:
-    """The same things, but two of them have exchanged their `what`: "size", "color", "shape" or "place"."""
+def exchange(
+    things: tuple[Thing | None, ...], first: int, second: int, what: str
+) -> tuple[Thing | None, ...]:
+    """The same things, but two of them have exchanged their `what`: "size", "color", "shape" or
+    "place".
+    """
     swapped, a, b = list(things), things[first], things[second]
     if what == "place":
         swapped[first], swapped[second] = b, a
@@ -190,30 +221,43 @@ def exchange(things: tuple[Thing | None, ...], first: int, second: int, what: st
 
 
 def sample_twin(scene: Scene, rng: random.Random, split: str) -> Scene:
-    """A scene of the same split made of the same words: two objects have exchanged size, color or place."""
+    """A scene of the same split made of the same words: two objects have exchanged size, color or
+    place.
+    """
     candidates = [
         exchange(scene.objects, first, second, what)
         for first, second in itertools.combinations(scene.occupied(), 2)
         for what in ("size", "color", "place")
     ]
     # Two objects never share color and shape, so exchanging their places always gives a valid twin.
-    return Scene(scene.background, rng.choice([c for c in candidates if c != scene.objects and is_valid(c, split)]))
+    return Scene(
+        scene.background,
+        rng.choice([c for c in candidates if c != scene.objects and is_valid(c, split)]),
+    )
 
 
 @functools.cache
 def shape_mask(shape: str, size: int) -> np.ndarray:
-    """How much of each pixel a shape covers, (size, size, 1) float in [0, 1]: drawn eight times larger, then shrunk."""
+    """How much of each pixel a shape covers, (size, size, 1) float in [0, 1]: drawn eight times
+    larger, then shrunk.
+    """
     image = Image.new("L", (8 * size, 8 * size))
     draw = ImageDraw.Draw(image)
     for form, *unit in SHAPES[shape]:
         corners = [8 * size * value for value in unit]
-        paint = {"polygon": draw.polygon, "box": draw.rectangle, "ellipse": draw.ellipse}[form.split()[-1]]
+        paint = {"polygon": draw.polygon, "box": draw.rectangle, "ellipse": draw.ellipse}[
+            form.split()[-1]
+        ]
         paint(corners, fill=0 if form.startswith("erase") else 255)
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32)[:, :, None] / 255
+    return (
+        np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32)[:, :, None] / 255
+    )
 
 
 def render(scene: Scene, rng: random.Random) -> np.ndarray:
-    """The picture, (48, 48, 3) uint8. `rng` moves every object a little and changes its brightness a little."""
+    """The picture, (48, 48, 3) uint8. `rng` moves every object a little and changes its brightness
+    a little.
+    """
     pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     pixels[:] = BACKGROUNDS[scene.background]
     for place in scene.occupied():
@@ -230,8 +274,12 @@ def render(scene: Scene, rng: random.Random) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- captions
 
 
-def sample_caption(scene: Scene, rng: random.Random, number: int | None = None, related: bool | None = None) -> Caption:
-    """A true but partial short caption of `number` objects (one to three), with a relation if `related`."""
+def sample_caption(
+    scene: Scene, rng: random.Random, number: int | None = None, related: bool | None = None
+) -> Caption:
+    """A true but partial short caption of `number` objects (one to three), with a relation if
+    `related`.
+    """
     occupied = scene.occupied()
     number = min(number or rng.choices([1, 2, 3], [0.1, 0.7, 0.2])[0], len(occupied))
     places = rng.sample(occupied, number)
@@ -245,11 +293,19 @@ def sample_caption(scene: Scene, rng: random.Random, number: int | None = None, 
         relation = rng.choice([relation for relation in RELATIONS if holds(relation, *places[:2])])
     if number == 1 and rng.random() < 0.5:
         place = PLACES[places[0]]
-    return Caption(rng.choice(OPENINGS), things, relation, place, scene.background if rng.random() < 0.35 else None)
+    return Caption(
+        rng.choice(OPENINGS),
+        things,
+        relation,
+        place,
+        scene.background if rng.random() < 0.35 else None,
+    )
 
 
 def paraphrase(caption: Caption, rng: random.Random) -> Caption:
-    """Another caption that says the same: another opening, and the first two things in the other order."""
+    """Another caption that says the same: another opening, and the first two things in the other
+    order.
+    """
     return caption._replace(
         opening=rng.choice([opening for opening in OPENINGS if opening != caption.opening]),
         things=caption.things[1::-1] + caption.things[2:],
@@ -258,12 +314,19 @@ def paraphrase(caption: Caption, rng: random.Random) -> Caption:
 
 
 def long_caption(scene: Scene, rng: random.Random) -> str:
-    """Everything about the scene in 50 to 74 tokens: number, background, each object with its place, two relations."""
+    """Everything about the scene in 50 to 74 tokens: number, background, each object with its
+    place, two relations.
+    """
     occupied = scene.occupied()
     sentences = [f"There are {NUMBERS[len(occupied)]} objects on a {scene.background} background."]
     for place in occupied:
         sentences.append(f"In the {PLACES[place]} there is {with_article(scene.objects[place])}.")
-    facts = [(a, r, b) for a, b in itertools.permutations(occupied, 2) for r in RELATIONS if holds(r, a, b)]
+    facts = [
+        (a, r, b)
+        for a, b in itertools.permutations(occupied, 2)
+        for r in RELATIONS
+        if holds(r, a, b)
+    ]
     for first, relation, second in rng.sample(facts, 2):
         names = [name(scene.objects[place]._replace(size=None)) for place in (first, second)]
         sentences.append(f"The {names[0]} is {relation} the {names[1]}.")
@@ -271,7 +334,8 @@ def long_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def sample_negatives(caption: Caption, scene: Scene, rng: random.Random) -> dict[str, Caption]:
-    """For each SugarCrepe file a caption that differs from `caption` in one respect and is false of `scene`.
+    """For each SugarCrepe file a caption that differs from `caption` in one respect and is false of
+    `scene`.
 
     A kind is missing where the caption gives no chance for it, e.g. swap_obj with one thing.
     """
@@ -283,7 +347,9 @@ def sample_negatives(caption: Caption, scene: Scene, rng: random.Random) -> dict
         kind = "replace_obj" if what == "shape" else "replace_att" if said else "add_att"
         for word in words:
             changed = things[picked]._replace(**{what: word})
-            candidates[kind].append(caption._replace(things=(*things[:picked], changed, *things[picked + 1 :])))
+            candidates[kind].append(
+                caption._replace(things=(*things[:picked], changed, *things[picked + 1 :]))
+            )
         if len(things) > 1:
             swapped = caption._replace(things=exchange(things, 0, 1, what))
             candidates["swap_obj" if what == "shape" else "swap_att"].append(swapped)
@@ -291,9 +357,13 @@ def sample_negatives(caption: Caption, scene: Scene, rng: random.Random) -> dict
         candidates["replace_rel"] = [caption._replace(relation=OPPOSITE[caption.relation])]
     if len(things) < 3:
         extra = [Thing(None, color, shape) for color in COLORS for shape in SHAPES]
-        candidates["add_obj"] = [caption._replace(things=(*things, thing), place=None) for thing in extra]
+        candidates["add_obj"] = [
+            caption._replace(things=(*things, thing), place=None) for thing in extra
+        ]
     if not caption.background:
-        candidates["add_att"] += [caption._replace(background=background) for background in BACKGROUNDS]
+        candidates["add_att"] += [
+            caption._replace(background=background) for background in BACKGROUNDS
+        ]
     table, negatives = SceneTable([scene]), {}
     for kind, captions in candidates.items():
         rng.shuffle(captions)
@@ -311,7 +381,9 @@ def one_of(words) -> str:
 
 
 THING = re.compile(rf"(?:an?|the) (?:{one_of(SIZES)} )?(?:{one_of(COLORS)} )?{one_of(SHAPES)}")
-RELATION, BACKGROUND, NUMBER = (re.compile(one_of(w)) for w in (RELATIONS, BACKGROUNDS, NUMBERS.values()))
+RELATION, BACKGROUND, NUMBER = (
+    re.compile(one_of(w)) for w in (RELATIONS, BACKGROUNDS, NUMBERS.values())
+)
 PLACE = re.compile(f"in the {one_of(PLACES)}")
 SENTENCE = re.compile(
     rf"there are {NUMBER.pattern} objects on a {BACKGROUND.pattern} background"
@@ -326,22 +398,31 @@ class SceneTable:
 
     def __init__(self, scenes: list[Scene]):
         codes = {word: code for words in ATTRIBUTES.values() for code, word in enumerate(words)}
-        rows = [[[codes[word] for word in thing] if thing else [-1] * 3 for thing in s.objects] for s in scenes]
-        self.objects = np.array(rows).transpose(2, 1, 0)  # (3 attributes, 4 places, scenes), -1 where nothing is
+        rows = [
+            [[codes[word] for word in thing] if thing else [-1] * 3 for thing in s.objects]
+            for s in scenes
+        ]
+        self.objects = np.array(rows).transpose(
+            2, 1, 0
+        )  # (3 attributes, 4 places, scenes), -1 where nothing is
         self.background = np.array([scene.background for scene in scenes])
         self.number = np.array([NUMBERS[len(scene.occupied())] for scene in scenes])
 
 
 def truth(text: str, scenes: SceneTable) -> np.ndarray:
-    """Of which scenes every sentence of `text` is true, (scenes,) bool. It reads the text alone, not how it was made.
+    """Of which scenes every sentence of `text` is true, (scenes,) bool. It reads the text alone,
+    not how it was made.
 
-    Things named in one sentence are different objects. Raises ValueError for a sentence outside the grammar.
+    Things named in one sentence are different objects. Raises ValueError for a sentence outside the
+    grammar.
     """
     answer = np.ones(len(scenes.background), bool)
     for sentence in text.lower().rstrip(".").split(". "):
         if not SENTENCE.fullmatch(sentence):
             raise ValueError(f"toy world: cannot read the sentence {sentence!r}")
-        background, number, relation, place = (p.search(sentence) for p in (BACKGROUND, NUMBER, RELATION, PLACE))
+        background, number, relation, place = (
+            p.search(sentence) for p in (BACKGROUND, NUMBER, RELATION, PLACE)
+        )
         if background:
             answer &= scenes.background == background[0]
         if number:
@@ -355,7 +436,12 @@ def truth(text: str, scenes: SceneTable) -> np.ndarray:
             fits.append(fit)
         found = np.zeros_like(answer)
         for places in itertools.permutations(range(4), len(fits)):
-            if relation and not holds(relation[0], *places[:2]) or place and PLACES[places[0]] != place[1]:
+            if (
+                relation
+                and not holds(relation[0], *places[:2])
+                or place
+                and PLACES[places[0]] != place[1]
+            ):
                 continue
             found |= np.logical_and.reduce([fit[p] for fit, p in zip(fits, places)], initial=True)
         answer &= found
@@ -363,19 +449,33 @@ def truth(text: str, scenes: SceneTable) -> np.ndarray:
 
 
 def score_captions(generated: list[str], references: list[list[str]]) -> dict[str, float]:
-    """How right long captions are, in percent: "attributes" (size, color, shape) and whole "objects".
+    """How right long captions are, in percent: "attributes" (size, color, shape) and whole
+    "objects".
 
-    Both are read from the text, "in the top left there is a large cyan heart", and compared place by place with
-    the first true long caption. An object that is not there counts as one with all its attributes wrong.
+    Both are read from the text, "in the top left there is a large cyan heart", and compared place
+    by place with the first true long caption. An object that is not there counts as one with all
+    its attributes wrong.
     """
-    pattern = re.compile(rf"{PLACE.pattern} there is an? {one_of(SIZES)} {one_of(COLORS)} {one_of(SHAPES)}")
+    pattern = re.compile(
+        rf"{PLACE.pattern} there is an? {one_of(SIZES)} {one_of(COLORS)} {one_of(SHAPES)}"
+    )
     counts = Counter()
     for guess, (reference, *_) in zip(generated, references, strict=True):
-        found, true = ({m[0]: m[1:] for m in pattern.findall(text.lower())} for text in (guess, reference))
+        found, true = (
+            {m[0]: m[1:] for m in pattern.findall(text.lower())} for text in (guess, reference)
+        )
         for place in found.keys() | true.keys():
             right = [a == b for a, b in zip(found.get(place, ()), true.get(place, ()))]
-            counts.update(objects=1, attributes=3, right_objects=right == [True] * 3, right_attributes=sum(right))
-    return {what: 100 * counts[f"right_{what}"] / max(counts[what], 1) for what in ("attributes", "objects")}
+            counts.update(
+                objects=1,
+                attributes=3,
+                right_objects=right == [True] * 3,
+                right_attributes=sum(right),
+            )
+    return {
+        what: 100 * counts[f"right_{what}"] / max(counts[what], 1)
+        for what in ("attributes", "objects")
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -395,8 +495,12 @@ def save_lines(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def training_record(number: int, scene: Scene, twin: Scene | None, folder: Path, rng: random.Random) -> dict:
-    """Draws the picture and writes five short captions, which are false of the twin, and a long one."""
+def training_record(
+    number: int, scene: Scene, twin: Scene | None, folder: Path, rng: random.Random
+) -> dict:
+    """Draws the picture and writes five short captions, which are false of the twin, and a long
+    one.
+    """
     image = f"images/train/{number:06d}.png"
     save_picture(folder / image, scene, rng)
     table, short = SceneTable([scene, twin] if twin else [scene]), []
@@ -416,7 +520,9 @@ def build_training(folder: Path, rng: random.Random, number: int, progress: tqdm
         scene = sample_scene(rng, "train")
         pair = [scene, sample_twin(scene, rng, "train")] if len(records) % 4 == 2 else [scene]
         for one, other in zip(pair, pair[::-1]):
-            record = training_record(len(records), one, other if len(pair) == 2 else None, folder, rng)
+            record = training_record(
+                len(records), one, other if len(pair) == 2 else None, folder, rng
+            )
             if len(pair) == 2:
                 record["group"] = f"g{len(records) // 4}"
             records.append(record)
@@ -424,8 +530,12 @@ def build_training(folder: Path, rng: random.Random, number: int, progress: tqdm
     save_lines(folder / "train.jsonl", records)
 
 
-def build_evaluation(folder: Path, split: str, rng: random.Random, number: int, progress: tqdm) -> dict[str, int]:
-    """Writes the retrieval, SugarCrepe, SugarCrepe++ and Winoground files of one split; returns what it counted."""
+def build_evaluation(
+    folder: Path, split: str, rng: random.Random, number: int, progress: tqdm
+) -> dict[str, int]:
+    """Writes the retrieval, SugarCrepe, SugarCrepe++ and Winoground files of one split; returns
+    what it counted.
+    """
     scenes: list[Scene] = []
     while len(scenes) < number:
         scene = sample_scene(rng, split)
@@ -453,7 +563,11 @@ def build_evaluation(folder: Path, split: str, rng: random.Random, number: int, 
         assert truth(str(same), table)[index], (scene, same)
         for kind, negative in sample_negatives(captions[0], scene, rng).items():
             file_items = sugarcrepe.setdefault(kind, {})
-            item = {"filename": file, "caption": str(captions[0]), "negative_caption": str(negative)}
+            item = {
+                "filename": file,
+                "caption": str(captions[0]),
+                "negative_caption": str(negative),
+            }
             file_items[str(len(file_items))] = item
             counts["SugarCrepe items"] += 1
             if not kind.startswith("add"):
@@ -462,8 +576,18 @@ def build_evaluation(folder: Path, split: str, rng: random.Random, number: int, 
         short, long = [str(caption) for caption in captions], long_caption(scene, rng)
         assert truth(long, table)[index], (scene, long)
         records.append({"image": f"images/{split}/{file}", "short": short, "long": [long]})
-        sentences = [{"raw": text, "imgid": index, "sentid": 5 * index + i} for i, text in enumerate(short)]
-        karpathy.append({"filename": file, "filepath": split, "imgid": index, "split": split, "sentences": sentences})
+        sentences = [
+            {"raw": text, "imgid": index, "sentid": 5 * index + i} for i, text in enumerate(short)
+        ]
+        karpathy.append(
+            {
+                "filename": file,
+                "filepath": split,
+                "imgid": index,
+                "split": split,
+                "sentences": sentences,
+            }
+        )
         progress.update()
     save_lines(folder / f"{split}.jsonl", records)
     save_json(folder / split / "karpathy.json", {"images": karpathy, "dataset": "toy"})
@@ -484,7 +608,9 @@ def build_evaluation(folder: Path, split: str, rng: random.Random, number: int, 
 
 
 def build_winoground(folder: Path, split: str, rng: random.Random, number: int) -> None:
-    """Quadruples as in Winoground: two pictures, two captions of the same words, each true of its own picture only."""
+    """Quadruples as in Winoground: two pictures, two captions of the same words, each true of its
+    own picture only.
+    """
     examples = []
     while len(examples) < number:
         what = ["color", "size", "place"][len(examples) % 3]
@@ -495,41 +621,60 @@ def build_winoground(folder: Path, split: str, rng: random.Random, number: int) 
         same_words = sorted(str(caption).lower().split()) == sorted(str(other).lower().split())
         table = SceneTable([scene, twin])
         own, swapped = truth(str(caption), table), truth(str(other), table)
-        if is_valid(twin.objects, split) and same_words and [*own, *swapped] == [True, False, False, True]:
+        if (
+            is_valid(twin.objects, split)
+            and same_words
+            and [*own, *swapped] == [True, False, False, True]
+        ):
             stems = [f"ex_{len(examples)}_img_{i}" for i in range(2)]
             for stem, picture in zip(stems, (scene, twin)):
                 save_picture(folder / "images" / f"{stem}.png", picture, rng)
             example = {"id": len(examples), "image_0": stems[0], "image_1": stems[1]}
-            examples.append(example | {"caption_0": str(caption), "caption_1": str(other), "tag": what})
+            examples.append(
+                example | {"caption_0": str(caption), "caption_1": str(other), "tag": what}
+            )
     save_lines(folder / "examples.jsonl", examples)
 
 
-def build(folder: str | Path = "toy/data", seed: int = 0, train_scenes: int = 8192, test_scenes: int = 1000) -> Path:
+def build(
+    folder: str | Path = "toy/data",
+    seed: int = 0,
+    train_scenes: int = 8192,
+    test_scenes: int = 1000,
+) -> Path:
     """Writes the world's files into `folder` and returns it; at once if they are there already.
 
-    train.jsonl, val.jsonl, test.jsonl     records {"image", "short", "long"}; "group" joins a scene and its twin
-    images/{train,val,test}/               the pictures
-    {val,test}/karpathy.json               retrieval, the format of Flickr30k and COCO (Karpathy)
-    {val,test}/sugarcrepe/*.json           seven files, pictures in images/{val,test}
-    {val,test}/sugarcrepe++/*.json         five files
-    {val,test}/winoground/                 examples.jsonl and images/
-    {val,test}/tests.json                  lists all of these for eval.py
+    train.jsonl, val.jsonl, test.jsonl     records {"image", "short", "long"}; "group" joins a scene
+    and its twin images/{train,val,test}/               the pictures {val,test}/karpathy.json
+    retrieval, the format of Flickr30k and COCO (Karpathy) {val,test}/sugarcrepe/*.json
+    seven files, pictures in images/{val,test} {val,test}/sugarcrepe++/*.json         five files
+    {val,test}/winoground/                 examples.jsonl and images/ {val,test}/tests.json
+    lists all of these for eval.py
 
-    Everything is written into a folder beside it, which is renamed when it is complete. Raises FileExistsError if
-    `folder` holds anything that is not a toy world, rather than delete it.
+    Everything is written into a folder beside it, which is renamed when it is complete. Raises
+    FileExistsError if `folder` holds anything that is not a toy world, rather than delete it.
     """
     folder = Path(folder)
-    description = {"version": VERSION, "seed": seed, "train_scenes": train_scenes, "test_scenes": test_scenes}
+    description = {
+        "version": VERSION,
+        "seed": seed,
+        "train_scenes": train_scenes,
+        "test_scenes": test_scenes,
+    }
     label = folder / "world.json"
     if label.exists() and json.loads(label.read_text())["description"] == description:
         return folder
     if folder.exists() and any(folder.iterdir()) and not label.exists():
-        raise FileExistsError(f"{folder} holds something else than a toy world: name another folder or empty it")
+        raise FileExistsError(
+            f"{folder} holds something else than a toy world: name another folder or empty it"
+        )
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     counts = {}
-    with tqdm(total=train_scenes + 2 * test_scenes, desc="drawing the toy world", unit="scene") as progress:
+    with tqdm(
+        total=train_scenes + 2 * test_scenes, desc="drawing the toy world", unit="scene"
+    ) as progress:
         build_training(unfinished, random.Random(f"train {seed}"), train_scenes, progress)
         for split in ("val", "test"):
             rng = random.Random(f"{split} {seed}")
@@ -538,16 +683,23 @@ def build(folder: str | Path = "toy/data", seed: int = 0, train_scenes: int = 81
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     pairs = counts["test"]["captions"] * (test_scenes - 1)
-    print(f"toy world in {folder}: of {pairs:,} pairs of a test picture and another picture's caption,", end=" ")
+    print(
+        f"toy world in {folder}: of {pairs:,} pairs of a test picture and another picture's caption,",
+        end=" ",
+    )
     print(f"{counts['test']['false negative pairs']} are true all the same (false negatives)")
     return folder
 
 
-def contact_sheet(path: str | Path, seed: int = 0, columns: int = 4, rows: int = 3, scale: int = 4) -> None:
+def contact_sheet(
+    path: str | Path, seed: int = 0, columns: int = 4, rows: int = 3, scale: int = 4
+) -> None:
     """Saves a PNG of enlarged scenes, each with one short caption below."""
     rng, font = random.Random(seed), ImageFont.load_default(13)
     side, gap, text_height = IMAGE_SIZE * scale, 12, 54
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + text_height) + gap), "white")
+    sheet = Image.new(
+        "RGB", (columns * (side + gap) + gap, rows * (side + text_height) + gap), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for row, column in itertools.product(range(rows), range(columns)):
         scene = sample_scene(rng, "train")
@@ -557,7 +709,9 @@ def contact_sheet(path: str | Path, seed: int = 0, columns: int = 4, rows: int =
         lines = [""]
         for word in str(sample_caption(scene, rng, number=2)).split():
             longer = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], longer] if draw.textlength(longer, font) <= side else [*lines, word]
+            lines = (
+                [*lines[:-1], longer] if draw.textlength(longer, font) <= side else [*lines, word]
+            )
         draw.multiline_text((x, y + side + 3), "\n".join(lines), fill="black", font=font, spacing=1)
     sheet.save(path)
 
@@ -565,8 +719,12 @@ def contact_sheet(path: str | Path, seed: int = 0, columns: int = 4, rows: int =
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Builds the toy world.")
     parser.add_argument("--out", default="toy/data", help="folder for the files")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another world of the same kind")
-    parser.add_argument("--sheet", metavar="FILE.png", help="only draw a contact sheet into this file")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed, another world of the same kind"
+    )
+    parser.add_argument(
+        "--sheet", metavar="FILE.png", help="only draw a contact sheet into this file"
+    )
     arguments = parser.parse_args()
     if arguments.sheet:
         contact_sheet(arguments.sheet, arguments.seed)

@@ -1,13 +1,13 @@
-"""Makes the notebooks: one source each, `source/*.py`, gives the notebook with blanks and the one with solutions.
+"""Makes the notebooks: each source, `source/*.py`, gives one with blanks and one with solutions.
 
     python workshop/build.py            writes workshop/*.ipynb and workshop/solutions/*.ipynb
-    python workshop/build.py --check    writes nothing, fails where a notebook is not what its source gives
+    python workshop/build.py --check    writes nothing, fails where a notebook is out of date
 
 A source is plain Python in cells ("percent format"). What follows `# %%` says what a cell is:
 
     # %% [markdown]      text, as comments
     # %%                 code, in both notebooks
-    # %% setup           the same, and the exercises need it (a test runs these cells, then an exercise)
+    # %% setup           the same, and the exercises need it (a test runs these, then an exercise)
     # %% exercise 1.1    code with a blank, in the participants' notebook
     # %% solution 1.1    what stands in its place in solutions/
     # %% check 1.1       the call of the checker, in both
@@ -34,8 +34,11 @@ class Cell(NamedTuple):
 
 
 def read_cells(path: Path) -> list[Cell]:
+    """The cells of a source, in order; what stands above the first one is left out."""
+    source = path.read_text(encoding="utf-8")
+    parts = re.split(r"^# %%", source, flags=re.MULTILINE)
     cells = []
-    for part in re.split(r"^# %%", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+    for part in parts[1:]:
         head, _, body = part.partition("\n")
         kind, _, name = head.strip().partition(" ")
         if kind == "[markdown]":
@@ -45,15 +48,22 @@ def read_cells(path: Path) -> list[Cell]:
 
 
 def notebook(cells: list[Cell], solved: bool) -> str:
-    """The text of an .ipynb file, without outputs."""
-    left_out, content = "exercise" if solved else "solution", []
+    """The text of an .ipynb file, without outputs, so that changes stay readable."""
+    left_out = "exercise" if solved else "solution"
+    content = []
     for cell in cells:
         if cell.kind == left_out:
             continue
-        code = cell.kind != "[markdown]"
-        entry = {"cell_type": "code" if code else "markdown"} | ({"execution_count": None} if code else {})
-        entry |= {"id": f"cell-{len(content):02}", "metadata": {}} | ({"outputs": []} if code else {})
-        content.append(entry | {"source": cell.text.splitlines(keepends=True)})
+        # The keys in the order in which Jupyter writes them.
+        entry = {"cell_type": "markdown" if cell.kind == "[markdown]" else "code"}
+        if entry["cell_type"] == "code":
+            entry["execution_count"] = None
+        entry["id"] = f"cell-{len(content):02}"
+        entry["metadata"] = {}
+        if entry["cell_type"] == "code":
+            entry["outputs"] = []
+        entry["source"] = cell.text.splitlines(keepends=True)
+        content.append(entry)
     book = {"cells": content, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
 
@@ -68,16 +78,25 @@ def notebooks() -> dict[Path, str]:
     return result
 
 
+def is_up_to_date(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text(encoding="utf-8") == text
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a notebook is out of date")
-    check = parser.parse_args().check
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where a notebook is out of date"
+    )
+    args = parser.parse_args()
     for path, text in notebooks().items():
-        if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
-            sys.exit(f"{path.relative_to(HERE)} is not what its source gives: run python workshop/build.py")
-        if not check:
+        if not args.check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
+        elif not is_up_to_date(path, text):
+            name = path.relative_to(HERE)
+            sys.exit(f"{name} is not what its source gives: run python workshop/build.py")
 
 
 if __name__ == "__main__":

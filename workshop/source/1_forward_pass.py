@@ -1,17 +1,20 @@
 # %% [markdown]
 # # 1. LLaVA's forward pass, shape by shape
 #
-# A picture and a question go in, words come out. This notebook follows one picture through the machine and stops at
-# every box. At the end you know every tensor on the way, and you have changed the real code and seen what breaks.
+# A picture and a question go in, words come out. This notebook follows one picture through the
+# machine and stops at every box. At the end you know every tensor on the way, and you have changed
+# the real code and seen what breaks.
 #
-# You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 30 minutes, four exercises.
+# You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 30 minutes, four
+# exercises.
 #
-# How to work: run the cells in order with Shift+Enter. An exercise is a cell with a blank, `...`. The cell below it
-# checks your answer and gives a hint. Replace the `...`; you may add lines. **Nothing later depends on your
-# answers.** If you are stuck, read the hint, look into `workshop/solutions/`, or go on.
+# How to work: run the cells in order with Shift+Enter. An exercise is a cell with a blank, `...`.
+# The cell below it checks your answer and gives a hint. Replace the `...`; you may add lines.
+# **Nothing later depends on your answers.** If you are stuck, read the hint, look into
+# `workshop/solutions/`, or go on.
 #
-# Axes, in this notebook and in the code: **B** batch, **T** tokens, **N** image tokens, **D** hidden size, **H**
-# heads, **V** vocabulary.
+# Axes, in this notebook and in the code: **B** batch, **T** tokens, **N** image tokens, **D**
+# hidden size, **H** heads, **V** vocabulary.
 
 # %% setup
 import inspect
@@ -19,27 +22,33 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = next(folder for folder in [Path.cwd(), *Path.cwd().parents] if (folder / "lora.py").exists())
+here = Path.cwd()  # the project's folder, or workshop/ in it
+ROOT = next(folder for folder in [here, *here.parents] if (folder / "lora.py").exists())
 sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
 
 import model as llava_code  # model.py; `model` below is the loaded network
-from data import open_image, read_retrieval
-from eval import load_run
+from data import open_image
+from eval import load_embedder
+from formats.testsets import read_retrieval
 from toy import world
 from workshop import checks, draw
 
 WORLD = world.build(ROOT / "runs" / "workshop" / "world", train_scenes=1024, test_scenes=400)
-run = load_run(ROOT / "toy" / "tiny-llava", device="cpu")  # model, layout of sequences, image processor
-model, layout, tokenizer = run.model, run.layout, run.tokenizer
-items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images")  # (path of a picture, its captions)
+MODEL = ROOT / "toy" / "tiny-llava"
+embedder = load_embedder(MODEL, device="cpu")  # a model with all it takes to use it
+model = embedder.model
+layout = embedder.layout  # of sequences
+tokenizer = embedder.tokenizer
+# (path of a picture, its captions), ...
+items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images")
 _ = torch.set_grad_enabled(False)  # nothing is trained in this notebook
 
 # %% [markdown]
-# That built a small world of pictures (once, a few seconds) and loaded a small LLaVA of 2.3 million parameters. It
-# has the same parts, in the same file format, as the real one of 7 billion.
+# That built a small world of pictures (once, a few seconds) and loaded a small LLaVA of 2.3 million
+# parameters. It has the same parts, in the same file format, as the real one of 7 billion.
 
 # %%
 pictures = [open_image(path) for path, _ in items[:12]]
@@ -48,12 +57,15 @@ draw.pictures(pictures, [captions[0] for _, captions in items[:12]])
 # %% [markdown]
 # ## The map
 #
-# Here is the whole machine. Every box is one class in `model.py`, or one line. Below each name stands the shape that
-# leaves the box, for one picture.
+# Here is the whole machine. Every box is one class in `model.py`, or one line. Below each name
+# stands the shape that leaves the box, for one picture.
 
 # %%
-vision, text = model.config.vision, model.config.text
-S, P, N = vision.image_size, vision.patch_size, model.config.num_image_tokens
+vision = model.config.vision
+text = model.config.text
+S = vision.image_size
+P = vision.patch_size
+N = model.config.num_image_tokens
 draw.flow(
     [
         ("picture", f"{S} x {S}", draw.GRAY),
@@ -69,42 +81,45 @@ draw.flow(
         ("language model", f"(1, T, {text.hidden_size})", draw.GREEN),
         ("head", f"(1, T, {text.vocab_size})", draw.PURPLE),
     ],
-    title="Row 1 makes image features. They take the places of the image tokens in row 2's embeddings.",
+    title="Row 1 makes image features. They take the image tokens' places in row 2's embeddings.",
 )
 
 # %% [markdown]
 # ## From a picture to patches
 #
-# The image processor resizes the picture and normalises each color channel:
-# $x = (\text{pixel}/255 - \text{mean}) / \text{std}$. The numbers come from the checkpoint's
-# `preprocessor_config.json`. The processor keeps the results for all 256 values in a table.
+# The image processor resizes the picture and normalises each color channel: $x = (\text{pixel}/255
+# - \text{mean}) / \text{std}$. The numbers come from the checkpoint's `preprocessor_config.json`.
+# The processor keeps the results for all 256 values in a table.
 
 # %% setup
 image = open_image(items[0][0])
-pixel_values = run.pixel_values([image])
+pixel_values = embedder.pixel_values([image])
 
 # %%
-red, raw = image.getpixel((0, 0))[0], json.loads((ROOT / "toy" / "tiny-llava" / "preprocessor_config.json").read_text())
-x = (red / 255 - raw["image_mean"][0]) / raw["image_std"][0]  # the formula
+settings = json.loads((MODEL / "preprocessor_config.json").read_text())
+red = image.getpixel((0, 0))[0]  # in the top left corner
+x = (red / 255 - settings["image_mean"][0]) / settings["image_std"][0]  # the formula
+found = pixel_values[0, 0, 0, 0]
 print("pixel_values (B, 3, height, width):", tuple(pixel_values.shape))
-print(f"red in the top left corner: {red}; by the formula {x:.4f}, in pixel_values {pixel_values[0, 0, 0, 0]:.4f}")
+print(f"red in the top left corner: {red}; by the formula {x:.4f}, in pixel_values {found:.4f}")
 draw.patch_grid(image, P)
 
 # %% [markdown]
-# A transformer reads a sequence, so the picture is cut into patches and read row by row. The code does both, cutting
-# and multiplying, with one convolution whose stride equals its kernel. Here is the real module:
+# A transformer reads a sequence, so the picture is cut into patches and read row by row. The code
+# does both, cutting and multiplying, with one convolution whose stride equals its kernel. Here is
+# the real module:
 
 # %%
-print(inspect.getsource(llava_code.VisionTower.forward))
+print(inspect.getsource(llava_code.VisionEmbeddings.forward))
 
 # %% [markdown]
 # ### Exercise 1.1: the patch embedding without a convolution (4 minutes)
 #
-# A patch is $3 \cdot P \cdot P$ numbers. Its embedding is $W \cdot \text{patch}$: one matrix for all patches. Cutting
-# is done for you. Flatten the patches and multiply.
+# A patch is $3 \cdot P \cdot P$ numbers. Its embedding is $W \cdot \text{patch}$: one matrix for
+# all patches. Cutting is done for you. Flatten the patches and multiply.
 #
-# The weight of the convolution has shape (D, 3, P, P), with D the tower's own width, 160. `tensor.flatten(1)` makes
-# it (D, 3 · P · P).
+# The weight of the convolution has shape (D, 3, P, P), with D the tower's own width, 160.
+# `tensor.flatten(1)` makes it (D, 3 · P · P).
 
 
 # %% exercise 1.1
@@ -113,7 +128,8 @@ def patch_embedding(pixels, weight):
     P = weight.shape[-1]
     patches = pixels.unfold(2, P, P).unfold(3, P, P)  # (B, 3, rows, columns, P, P)
     patches = patches.permute(0, 2, 3, 1, 4, 5)  # (B, rows, columns, 3, P, P)
-    # 1. Flatten to (B, rows * columns, 3 * P * P).   2. Multiply by the flattened weight, transposed.
+    # 1. Flatten to (B, rows * columns, 3 * P * P).
+    # 2. Multiply by the flattened weight, transposed.
     return ...
 
 
@@ -133,39 +149,44 @@ checks.exercise_1_1(patch_embedding)
 # %% [markdown]
 # ## The vision tower and the projector
 #
-# CLIP puts a class token in front of the patches, so there is one state more than patches. LLaVA does not want it,
-# and it does not read the last layer either: it takes an earlier one (`vision_feature_layer`), whose states are still
-# about their own place. Then two linear layers bring each patch to the width of the language model.
+# CLIP puts a class token in front of the patches, so there is one state more than patches. LLaVA
+# does not want it, and it does not read the last layer either: it takes an earlier one
+# (`vision_feature_layer`), whose states are still about their own place. Then two linear layers
+# bring each patch to the width of the language model.
 
 # %%
 features = model.vision_tower(pixel_values)
-print("vision tower (B, class token + N, D of the vision tower):", tuple(features.shape))
 projected = model.multi_modal_projector(features[:, 1:])
-print("projector    (B, N, D of the language model):           ", tuple(projected.shape), end="\n\n")
+print("vision tower (B, class token + N, D of the vision tower):", tuple(features.shape))
+print("projector    (B, N, D of the language model):           ", tuple(projected.shape))
+print()
 print(inspect.getsource(llava_code.Llava.image_features))
 
 # %% [markdown]
 # ## One sequence for both
 #
-# The question is text with a hole for the picture: the token `<image>`, once for each patch. Around it stands the
-# template that this model was trained with: `<s> USER: ... ASSISTANT:`. Run the cell and read the strip from left to
-# right.
+# The question is text with a hole for the picture: the token `<image>`, once for each patch. Around
+# it stands the template that this model was trained with: `<s> USER: ... ASSISTANT:`. Run the cell
+# and read the strip from left to right.
 
 # %% setup
 question = "Describe the image in detail."
 prompt = layout.question(question)  # token ids, a list
+word_of = tokenizer.tokenizer.id_to_token
 
 # %%
-words = [tokenizer.tokenizer.id_to_token(index).replace("<image>", "img") for index in prompt]
+words = [word_of(index).replace("<image>", "img") for index in prompt]
 colors = [draw.ORANGE if index == layout.image_id else draw.GREEN for index in prompt]
 draw.tokens(("orange: places of image features, green: words", list(zip(words, colors))))
-print(f"input_ids (B, T): {(1, len(prompt))}; {prompt.count(layout.image_id)} of them are {layout.image_id}, <image>")
+count = prompt.count(layout.image_id)
+print(f"input_ids (B, T): {(1, len(prompt))}; {count} of them are {layout.image_id}, <image>")
 
 # %% [markdown]
 # ### Exercise 1.2: put the image features in their places (4 minutes)
 #
-# Look up the embedding of every id. Then write the features over the rows where the id is the image token's. All
-# pictures have the same number of features, so a boolean mask and one assignment are enough.
+# Look up the embedding of every id. Then write the features over the rows where the id is the image
+# token's. All pictures have the same number of features, so a boolean mask and one assignment are
+# enough.
 
 
 # %% exercise 1.2
@@ -190,24 +211,26 @@ def splice(input_ids, features, table, image_token_id):
 checks.exercise_1_2(splice)
 
 # %% [markdown]
-# The real code does the same with `masked_scatter` (which also works on tensors that need gradients), and first
-# counts whether places and features match:
+# The real code does the same with `masked_scatter` (which also works on tensors that need
+# gradients), and first counts whether places and features match. Below it stands the whole forward
+# pass.
 
 # %%
+print(inspect.getsource(llava_code.Llava.insert_images))
 print(inspect.getsource(llava_code.Llava.forward))
 
 # %% [markdown]
 # ## Attention looks back, never ahead
 #
-# In the language model, each token collects from the tokens before it. Three linear layers make of its state a query
-# q (what it looks for), a key k (what it offers) and a value v (what it gives), of $d$ numbers each (`head_dim`), in
-# each of H heads. The output is weights times values, with
+# In the language model, each token collects from the tokens before it. Three linear layers make of
+# its state a query q (what it looks for), a key k (what it offers) and a value v (what it gives),
+# of $d$ numbers each (`head_dim`), in each of H heads. The output is weights times values, with
 #
 # $$ \text{weights} = \text{softmax}\!\left(\frac{q k^\top}{\sqrt{d}}\right), \qquad
 # \text{weights}_{t,s} = 0 \text{ for } s > t $$
 #
-# That last part, *causal*, is what lets a model write. It is also what this whole project rests on: a token cannot
-# know what comes behind it.
+# That last part, *causal*, is what lets a model write. It is also what this whole project rests on:
+# a token cannot know what comes behind it.
 #
 # ### Exercise 1.3: causal attention weights (5 minutes)
 
@@ -236,20 +259,32 @@ def attention_weights(q, k):
 checks.exercise_1_3(attention_weights)
 
 # %% [markdown]
-# PyTorch's fused attention never shows its weights. A trick: attention returns *weights times values*, so if the
-# values are the identity matrix, it returns the weights. We put a listener in place of the function that every layer
-# of the real model calls (`checks.replaced(owner, name, value)` does that inside of its `with`, and puts the old one
-# back), and see what the last token of the question looks at in the picture.
+# The real module does the same, with one call of PyTorch for all of it. `rotate` tells q and k
+# where they stand (more of it below), and `cache` is for generation. Around it stands the decoder
+# layer: attention, then two linear layers and a gate, both added to what came in.
+
+# %%
+print(inspect.getsource(llava_code.Attention.forward))
+print(inspect.getsource(llava_code.DecoderLayer.forward))
+
+# %% [markdown]
+# PyTorch's fused attention never shows its weights. A trick: attention returns *weights times
+# values*, so if the values are the identity matrix, it returns the weights. We put a listener in
+# place of the function that every layer of the real model calls (`checks.replaced(owner, name,
+# value)` does that inside of its `with`, and puts the old one back), and see what the last token of
+# the question looks at in the picture.
 
 
 # %%
 def watch_attention(ids, pixels):
     """-> a list, one a layer, of attention weights (B, H, T, T)."""
-    seen, attention = [], F.scaled_dot_product_attention
+    seen = []
+    attention = F.scaled_dot_product_attention
 
     def listener(q, k, v, is_causal=False, **options):
         if is_causal:  # the language model's; in the vision tower patches look both ways
-            identity = torch.eye(q.shape[2]).expand(*q.shape[:2], -1, -1)  # values (B, H, T, T)
+            B, H, T, _ = q.shape
+            identity = torch.eye(T).expand(B, H, -1, -1)  # the values, (B, H, T, T)
             seen.append(attention(q, k, identity, is_causal=True))
         return attention(q, k, v, is_causal=is_causal, **options)
 
@@ -262,18 +297,21 @@ input_ids = torch.tensor([prompt])
 maps = watch_attention(input_ids, pixel_values)
 is_image = input_ids[0] == layout.image_id
 print("attention of one layer (B, H, T, T):", tuple(maps[0].shape))
-draw.attention_over(image, {f"layer {i}": w[0, :, -1, is_image].mean(0) for i, w in enumerate(maps)})
+on_image = {}
+for index, weights in enumerate(maps):
+    on_image[f"layer {index}"] = weights[0, :, -1, is_image].mean(0)  # (N,), over the heads
+draw.attention_over(image, on_image)
 
 # %% [markdown]
-# Brighter means more attention, averaged over the heads; each map has its own scale. Layer 0 looks at the objects.
-# Later layers spread out: by then the patches have talked to each other, and what a position holds is no longer only
-# what was drawn there.
+# Brighter means more attention, averaged over the heads; each map has its own scale. Layer 0 looks
+# at the objects. Later layers spread out: by then the patches have talked to each other, and what a
+# position holds is no longer only what was drawn there.
 #
 # ## From hidden states to words
 #
-# The last norm's output is the **hidden state**, one vector of D numbers a token. The head multiplies it by a matrix
-# of V rows: one score, a *logit*, for each word of the vocabulary. The softmax of the logits is the model's bet on
-# the next word.
+# The last norm's output is the **hidden state**, one vector of D numbers a token. The head
+# multiplies it by a matrix of V rows: one score, a *logit*, for each word of the vocabulary. The
+# softmax of the logits is the model's bet on the next word.
 
 # %%
 hidden = model(input_ids, pixel_values)
@@ -282,15 +320,14 @@ print("hidden (B, T, D):", tuple(hidden.shape))
 print("logits (B, T, V):", tuple(logits.shape))
 probability = logits[0, -1].softmax(-1)  # behind the last token of the question
 best = probability.topk(6)
-draw.bars(
-    ("the first word of the answer", [tokenizer.tokenizer.id_to_token(i) for i in best.indices.tolist()], best.values)
-)
+words = [word_of(index) for index in best.indices.tolist()]
+draw.bars(("the first word of the answer", words, best.values))
 
 # %% [markdown]
 # ### Exercise 1.4: write a caption, one word at a time (6 minutes)
 #
-# Greedy generation: run the model, take the likeliest next token, put it at the end, repeat. Stop at a stop token. No
-# cache, so each step computes everything again.
+# Greedy generation: run the model, take the likeliest next token, put it at the end, repeat. Stop
+# at a stop token. No cache, so each step computes everything again.
 
 
 # %% exercise 1.4
@@ -299,7 +336,8 @@ def answer(model, prompt, pixel_values, most=80):
     new = []
     for _ in range(most):
         hidden = model(torch.tensor([prompt + new]), pixel_values)  # (1, T, D)
-        token = ...  # the id with the largest logit behind the last position: an int, see .argmax().item()
+        # The id with the largest logit behind the last position, an int: see .argmax().item()
+        token = ...
         if token in model.config.eos_token_ids:
             break
         new.append(token)
@@ -320,11 +358,11 @@ def answer(model, prompt, pixel_values, most=80):
 
 
 # %% check 1.4
-checks.exercise_1_4(answer, run, image)
+checks.exercise_1_4(answer, embedder, image)
 
 # %% [markdown]
-# The real `Llava.generate` gives the same words and is faster: it keeps keys and values of what it has seen
-# (`KVCache`), so a step computes one token instead of all.
+# The real `Llava.generate` gives the same words and is faster: it keeps keys and values of what it
+# has seen (`KVCache`), so a step computes one token instead of all.
 
 
 # %%
@@ -333,33 +371,44 @@ def describe(pixels):
     return [tokenizer.decode(row) for row in ids]
 
 
-draw.pictures(pictures[:3], describe(run.pixel_values(pictures[:3])), columns=3, width=48, side=2.6)
+said = describe(embedder.pixel_values(pictures[:3]))
+draw.pictures(pictures[:3], said, columns=3, width=48, side=2.6)
 
 # %% [markdown]
 # ## Change the machine
 #
-# Reading is good, breaking is better. Each cell changes the real module for a moment, and puts it back.
+# Reading is good, breaking is better. Each cell changes the real module for a moment, and puts it
+# back.
 #
-# **Swap the features of two pictures.** The language model never sees pixels, so it should describe the other
-# picture.
+# **Swap the features of two pictures.** The language model never sees pixels, so it should describe
+# the other picture.
 
 # %%
-pair = model.image_features(run.pixel_values(pictures[:2]))  # (2, N, D)
-ids = torch.tensor([layout.question(question)] * 2)
+pixels_of_two = embedder.pixel_values(pictures[:2])
+pair = model.image_features(pixels_of_two)  # (2, N, D)
 print("image_features (B, N, D):", tuple(pair.shape))
-with checks.replaced(model, "image_features", lambda pixels: pair.flip(0)):
-    draw.pictures(pictures[:2], describe(run.pixel_values(pictures[:2])), columns=2, width=48, side=2.6)
+
+
+def swapped(pixels):
+    return pair.flip(0)
+
+
+with checks.replaced(model, "image_features", swapped):
+    said = describe(pixels_of_two)
+draw.pictures(pictures[:2], said, columns=2, width=48, side=2.6)
 
 # %% [markdown]
-# **Take away positions.** `rotary_embedding` tells attention where a token stands: it turns each pair of numbers in q
-# and k by an angle that grows with the position. Angle 0 everywhere means: no order. Guess first: does the model
-# still know the objects? Can it still count, and stop?
+# **Take away positions.** `rotary_embedding` tells attention where a token stands: it turns each
+# pair of numbers in q and k by an angle that grows with the position. Angle 0 everywhere means: no
+# order. Guess first: does the model still know the objects? Can it still count, and stop?
 
 
 # %%
 def no_rotation(positions, head_dim, theta, dtype):
-    shape = (*positions.shape[:1], 1, positions.shape[1], head_dim)
-    return torch.ones(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)  # cos 0, sin 0
+    B, T = positions.shape
+    cos = torch.ones(B, 1, T, head_dim, dtype=dtype)  # cos 0
+    sin = torch.zeros(B, 1, T, head_dim, dtype=dtype)  # sin 0
+    return cos, sin
 
 
 with checks.replaced(llava_code, "rotary_embedding", no_rotation):
@@ -367,33 +416,43 @@ with checks.replaced(llava_code, "rotary_embedding", no_rotation):
 print("with them, as it is:", describe(pixel_values)[0])
 
 # %% [markdown]
-# **Take away the picture.** Zeros in place of the features: what does a model say that sees nothing? It makes
-# something up, in perfect grammar. Remember this when a caption sounds convincing.
+# **Take away the picture.** Zeros in place of the features: what does a model say that sees
+# nothing? It makes something up, in perfect grammar. Remember this when a caption sounds
+# convincing.
+
 
 # %%
-with checks.replaced(model, "image_features", lambda pixels: torch.zeros(len(pixels), N, text.hidden_size)):
+def nothing(pixels):
+    return torch.zeros(len(pixels), N, text.hidden_size)
+
+
+with checks.replaced(model, "image_features", nothing):
     print("blind:", describe(pixel_values)[0])
 
 # %% [markdown]
 # ## The property that the next notebooks use
 #
-# Causal attention again: states before a token do not change when the token changes. So a caption *behind* the
-# picture and its prompt cannot change the state *at* the prompt. We append a whole caption and compare.
+# Causal attention again: states before a token do not change when the token changes. So a caption
+# *behind* the picture and its prompt cannot change the state *at* the prompt. We append a whole
+# caption and compare.
 
 # %%
 caption_ids = tokenizer.encode(items[0][1][0])
 longer = model(torch.tensor([prompt + caption_ids]), pixel_values)
 difference = (longer[:, : len(prompt)] - hidden).abs().max().item()
-print(f"hidden (B, T, D) {tuple(hidden.shape)} and, with a caption behind it, {tuple(longer.shape)}")
-print(f"largest difference on the common positions: {difference:.1e} (rounding: sums of another length)")
+print("hidden (B, T, D):                  ", tuple(hidden.shape))
+print("hidden with a caption behind it:   ", tuple(longer.shape))
+print(f"largest difference on the common positions: {difference:.1e}")
+print("(rounding: the sums have another length)")
 
 # %% [markdown]
 # ## What to take home
 #
-# * A picture becomes N vectors that take the places of N tokens. From there on there are only tokens.
+# * A picture becomes N vectors that take the places of N tokens. From there on there are only
+#   tokens.
 # * The hidden state at a token has seen this token and everything before it, nothing behind it.
-# * The head turns a hidden state into a bet on the next word. In notebook 2 we leave the head away, and keep the
-#   hidden state as an **embedding**.
+# * The head turns a hidden state into a bet on the next word. In notebook 2 we leave the head away,
+#   and keep the hidden state as an **embedding**.
 #
-# If there is time: `print(inspect.getsource(llava_code.KVCache))`, and find the line that lets rows have different
-# lengths.
+# If there is time: `print(inspect.getsource(llava_code.KVCache))`, and find the line that lets rows
+# have different lengths.

@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 4. LoRA and soft prompts
 #
-# Seven billion parameters are too many to train on a small budget, and training them would break what they know.
-# VladVA freezes them all and adds two small things: **LoRA** on the linear layers of the language model, and **soft
-# prompts** in place of the two hand-written questions. You write both, first in ten lines, then as the code computes
-# them.
+# Seven billion parameters are too many to train on a small budget, and training them would break
+# what they know. VladVA freezes them all and adds two small things: **LoRA** on the linear layers
+# of the language model, and **soft prompts** in place of the two hand-written questions. You write
+# both, first in ten lines, then as the code computes them.
 #
-# You need: matrix products, `nn.Linear`, what a gradient is. About 35 minutes, five exercises. Nothing later depends
-# on your answers; solutions are in `workshop/solutions/`.
+# You need: matrix products, `nn.Linear`, what a gradient is. About 35 minutes, five exercises.
+# Nothing later depends on your answers; solutions are in `workshop/solutions/`.
 #
-# Axes: **N** rows (all tokens of a batch), **D** hidden size, **R** rank, **V** vocabulary, **T** tokens.
+# Axes: **N** rows (all tokens of a batch), **D** hidden size, **R** rank, **V** vocabulary, **T**
+# tokens.
 
 # %% setup
 import inspect
@@ -17,49 +18,68 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = next(folder for folder in [Path.cwd(), *Path.cwd().parents] if (folder / "lora.py").exists())
+here = Path.cwd()  # the project's folder, or workshop/ in it
+ROOT = next(folder for folder in [here, *here.parents] if (folder / "lora.py").exists())
 sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fast
 import lora
-from data import CaptionDataset, open_image, read_retrieval
-from eval import encode_image, encode_text, load_run, recall_at_k
+from data import CaptionDataset, open_image
+from eval import encode_image, encode_text, load_embedder, recall_at_k
+from fast.lean import LeanLoRA
+from formats.testsets import read_retrieval
 from lora import LoRAConfig, adapters_disabled, add_lora, freeze, merge_lora, trainable_parameters
 from toy import world
 from train import TrainConfig, add_adapters, train
 from workshop import checks, draw
 
 WORLD = world.build(ROOT / "runs" / "workshop" / "world", train_scenes=1024, test_scenes=400)
-run = load_run(ROOT / "toy" / "tiny-llava", device="cpu")
-model, layout, tokenizer = run.model, run.layout, run.tokenizer
+MODEL = ROOT / "toy" / "tiny-llava"
+embedder = load_embedder(MODEL, device="cpu")
+model = embedder.model
+layout = embedder.layout
+tokenizer = embedder.tokenizer
 items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images", most=2)
 pictures = [open_image(path) for path, _ in items]
 _ = torch.manual_seed(0)
+
+
+def with_lora():
+    """A fresh model with LoRA, so that a cell can be run again."""
+    model = load_embedder(MODEL, device="cpu").model
+    freeze(model)
+    add_lora(model, LoRAConfig(rank=16, alpha=16))
+    return model
+
+
 # %% [markdown]
 # ## The idea
 #
-# A trained layer computes $y = Wx$. Fine-tuning would change W. LoRA says: the change does not need all of W's
-# freedom. Write it as a product of two thin matrices, and train only those:
+# A trained layer computes $y = Wx$. Fine-tuning would change W. LoRA says: the change does not need
+# all of W's freedom. Write it as a product of two thin matrices, and train only those:
 #
 # $$ y = W x + \frac{\alpha}{R} \, B A x $$
 
 # %%
 rows, columns = model.language_model.layers[0].mlp.gate_proj.weight.shape
+new = 16 * (rows + columns)
 draw.blocks(
     ("W, frozen", rows, columns, draw.GRAY),
     ("B, starts at 0", rows, 16, draw.ORANGE),
     ("A, random", 16, columns, draw.BLUE),
-    title=f"gate_proj of the toy model, to scale: W {rows * columns:,} numbers, A and B {16 * (rows + columns):,}",
+    title=f"gate_proj of the toy model, to scale: W {rows * columns:,} numbers, A and B {new:,}",
 )
 
 # %% [markdown]
-# In a layer of LLaVA-1.5-7B (11,008 x 4,096) the same rank is 0.5 % of W, thinner than a line in this figure.
+# In a layer of LLaVA-1.5-7B (11,008 x 4,096) the same rank is 0.5 % of W, thinner than a line in
+# this figure.
 #
-# The constant $\alpha$ is 16 here, as the rank is, so the scale in front is 1. B starts at zero. So the first forward
-# pass gives exactly the base model: training begins where pre-training ended.
+# The constant $\alpha$ is 16 here, as the rank is, so the scale in front is 1. B starts at zero. So
+# the first forward pass gives exactly the base model: training begins where pre-training ended.
 #
 # ### Exercise 4.1: ten-line LoRA (5 minutes)
 
@@ -96,11 +116,11 @@ class TenLineLoRA(nn.Module):
 checks.exercise_4_1(TenLineLoRA)
 
 # %% [markdown]
-# The reference in `lora.py` is one line, with dropout in front of A. `frozen_linear` is `F.linear`, unless the weights
-# are held in int8; then `absmax` says how large each row's steps are.
+# Here is the real one, the whole of it. Beside your ten lines it has a switch, `enabled`, and
+# dropout in front of A; and it holds A and B in fp32, whatever the precision of the base layer is.
 
 # %%
-print(inspect.getsource(lora.lora_linear))
+print(inspect.getsource(lora.LoRALinear))
 
 # %% [markdown]
 # ### Exercise 4.2: how many parameters? (4 minutes)
@@ -124,26 +144,26 @@ def lora_parameters(shapes, rank):
 checks.exercise_4_2(lora_parameters)
 
 # %% [markdown]
-# For LLaVA-1.5-7B: 32 blocks, each with four layers of 4,096 x 4,096 (q, k, v, o) and three between 4,096 and 11,008
-# (gate, up, down).
+# For LLaVA-1.5-7B: 32 blocks, each with four layers of 4,096 x 4,096 (q, k, v, o) and three between
+# 4,096 and 11,008 (gate, up, down).
 
 # %%
 per_block = 4 * 16 * (4096 + 4096) + 3 * 16 * (4096 + 11008)
-print(f"rank 16: {32 * per_block:,} new parameters, {100 * 32 * per_block / 7.05e9:.2f} % of the model")
+new = 32 * per_block
+print(f"rank 16: {new:,} new parameters, {100 * new / 7.05e9:.2f} % of the model")
 
 # %% [markdown]
 # ## Into the real model
 #
-# `add_lora` swaps the linear layers for `LoRALinear` in place; the weights are shared, not copied. Three facts to
-# check with your own eyes:
+# `add_lora` swaps the linear layers for `LoRALinear` in place; the weights are shared, not copied.
+# Three facts to check with your own eyes:
 
 # %%
-model = load_run(ROOT / "toy" / "tiny-llava", device="cpu").model  # fresh, so that the cell can be run again
-freeze(model)
-add_lora(model, LoRAConfig(rank=16, alpha=16))
+model = with_lora()
 trained = trainable_parameters(model)
 print(f"{len(trained)} tensors to train, {sum(p.numel() for p in trained.values()):,} numbers")
-ids, pixels = torch.tensor([layout.image_side()] * 2), run.pixel_values(pictures[:2])
+ids = torch.tensor([layout.image_side()] * 2)
+pixels = embedder.pixel_values(pictures[:2])
 with torch.no_grad():
     fresh = model(ids, pixels)  # (B, T, D)
     for parameter in trained.values():
@@ -153,12 +173,14 @@ with torch.no_grad():
         disabled = model(ids, pixels)
 print("hidden (B, T, D):", tuple(changed.shape))
 print(f"largest change by the adapters: {(changed - fresh).abs().max():.3f}")
-print("1. fresh adapters change nothing, and 2. disabled ones neither, to the last bit:", torch.equal(fresh, disabled))
+print("1. fresh adapters change nothing, and 2. disabled ones neither, to the last bit:")
+print(torch.equal(fresh, disabled))
 
 # %% [markdown]
 # ### Exercise 4.3: fold it into the weight (3 minutes)
 #
-# After training, nothing forces us to carry A and B along. Since $Wx + s\,BAx = (W + s\,BA)\,x$, they fit into W.
+# After training, nothing forces us to carry A and B along. Since $Wx + s\,BAx = (W + s\,BA)\,x$,
+# they fit into W.
 
 
 # %% exercise 4.3
@@ -180,17 +202,19 @@ checks.exercise_4_3(merged_weight)
 with torch.no_grad():
     merge_lora(model)
     merged = model(ids, pixels)
-print(f"3. merged: {len(lora.adapters(model))} adapters left, largest difference {(merged - changed).abs().max():.1e}")
+difference = (merged - changed).abs().max()
+print(f"3. merged: {len(lora.adapters(model))} adapters left, largest difference {difference:.1e}")
 
 # %% [markdown]
-# ## The fused one
+# ## The lean one
 #
-# Autograd would do the backward pass for us. Yet by hand it needs less memory: we know which tensors are needed, and
-# which can be made again. With $dy$ the gradient that arrives, $s$ the scale, and rows instead of columns as in the
-# code ($y = x W^\top + s\,(x A^\top) B^\top$):
+# Autograd would do the backward pass for us. Yet by hand it needs less memory: we know which
+# tensors are needed, and which can be made again. With rows instead of columns as in the code, and
+# $p = x A^\top$, the layer is $y = x W^\top + s\,p\,B^\top$, where $s$ is the scale. With $dy$ the
+# gradient that arrives:
 #
-# $$ d_{down} = s \, dy \, B, \qquad dA = d_{down}^\top x, \qquad dB = s \, dy^\top (x A^\top), \qquad
-# dx = dy \, W + d_{down} A $$
+# $$ dp = s \, dy \, B, \qquad dA = dp^\top x, \qquad dB = s \, dy^\top p, \qquad
+# dx = dy \, W + dp \, A $$
 #
 # There is no $dW$: W is frozen. That is already half of the saving in work.
 #
@@ -199,9 +223,9 @@ print(f"3. merged: {len(lora.adapters(model))} adapters left, largest difference
 
 # %% exercise 4.4
 def lora_backward(x, W, A, B, scale, dy):
-    """x (N, in), W (out, in), A (R, in), B (out, R), dy (N, out) -> dx (N, in), dA (R, in), dB (out, R)."""
-    down = x @ A.T  # (N, R)
-    d_down = scale * dy @ B  # (N, R)
+    """x (N, in), W (out, in), A (R, in), B (out, R), dy (N, out) -> gradients like x, A, B."""
+    p = x @ A.T  # (N, R)
+    dp = scale * dy @ B  # (N, R)
     dA = ...
     dB = ...
     dx = ...
@@ -210,12 +234,12 @@ def lora_backward(x, W, A, B, scale, dy):
 
 # %% solution 4.4
 def lora_backward(x, W, A, B, scale, dy):
-    """x (N, in), W (out, in), A (R, in), B (out, R), dy (N, out) -> dx (N, in), dA (R, in), dB (out, R)."""
-    down = x @ A.T  # (N, R)
-    d_down = scale * dy @ B  # (N, R)
-    dA = d_down.T @ x
-    dB = scale * dy.T @ down
-    dx = dy @ W + d_down @ A
+    """x (N, in), W (out, in), A (R, in), B (out, R), dy (N, out) -> gradients like x, A, B."""
+    p = x @ A.T  # (N, R)
+    dp = scale * dy @ B  # (N, R)
+    dA = dp.T @ x
+    dB = scale * dy.T @ p
+    dx = dy @ W + dp @ A
     return dx, dA, dB
 
 
@@ -223,72 +247,77 @@ def lora_backward(x, W, A, B, scale, dy):
 checks.exercise_4_4(lora_backward)
 
 # %% [markdown]
-# The real one does this for several layers with the same input at once (q, k and v read the same x; so do gate and
-# up), so that `down` is one product. And it does not keep x: the norm in front can make it again from what is kept
-# anyway (its *recipe*). Compare the lines with yours:
+# `LoRALinear` leaves the backward pass to autograd. While training, `train.py` puts a lean form in
+# its place (`fast.install`, in `fast/lean.py`), with the same numbers. It does what you wrote for
+# several layers with the same input at once (q, k and v read the same x; so do gate and up), so
+# that p is one product. And it does not keep x: the norm in front can make it again from what is
+# kept anyway. Compare the lines with yours:
 
 # %%
-print(inspect.getsource(lora.LeanLoRA.backward))
+print(inspect.getsource(LeanLoRA.backward))
 
 # %% [markdown]
-# What does it save? You need not read the next cell, only its result. Autograd tells what it keeps for the backward
-# pass. We count the bytes of one forward pass of 16 pictures, with the reference and with the lean form.
+# What does it save? You need not read the next cell, only its result. Autograd tells what it keeps
+# for the backward pass. We count the bytes of one forward pass of 16 pictures, with the plain form
+# and with the lean one.
 
 
 # %%
-def kept_megabytes():
-    """MB that autograd keeps of a forward pass; each piece of memory counts once, parameters do not."""
-    seen = {}
+def kept_megabytes(model):
+    """MB that autograd keeps of a forward pass; each piece of memory counts once, parameters do
+    not."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}  # bytes, by address
 
     def pack(saved):
         storage = saved.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = (storage.nbytes(), saved)  # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage.nbytes()
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        model(torch.tensor([layout.image_side()] * 16), run.pixel_values(pictures[:16]))
-    return sum(size for size, _ in seen.values()) / 1e6
+    def unpack(saved):
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        ids = torch.tensor([layout.image_side()] * 16)
+        hidden = model(ids, embedder.pixel_values(pictures[:16]))
+    del hidden  # held until now, so that no address was used twice
+    return sum(kept.values()) / 1e6
 
 
-model = load_run(ROOT / "toy" / "tiny-llava", device="cpu").model  # fresh
-freeze(model)
-add_lora(model, LoRAConfig(rank=16, alpha=16))
-lean = kept_megabytes()
-
-
-def plain(self, x, layers):  # LoRALinear.project without the fused form
-    tensors = [(each.weight, each.absmax, each.bias, each.lora_A.weight, each.lora_B.weight) for each in layers]
-    return [lora.lora_linear(x, *each, self.config.scale) for each in tensors]
-
-
-with checks.replaced(lora.LoRALinear, "project", plain):
-    reference = kept_megabytes()
-draw.bars(("kept for the backward pass, MB", ["reference", "lean"], [reference, lean]))
-print(f"reference {reference:.1f} MB, lean {lean:.1f} MB")
+model = with_lora()
+plain = kept_megabytes(model)
+fast.install(model)
+lean = kept_megabytes(model)
+draw.bars(("kept for the backward pass, MB", ["plain", "lean"], [plain, lean]))
+print(f"plain {plain:.1f} MB, lean {lean:.1f} MB")
 
 # %% [markdown]
 # ## Soft prompts
 #
-# *Summarize the provided image in one word:* was found by trying. A soft prompt lets gradient descent look for a
-# better one, not among words, but among **vectors**: the embeddings of the prompt's tokens become parameters. In the
-# code, ids from V on stand for them: id V + i is row i.
+# *Summarize the provided image in one word:* was found by trying. A soft prompt lets gradient
+# descent look for a better one, not among words, but among **vectors**: the embeddings of the
+# prompt's tokens become parameters. In the code, ids from V on stand for them: id V + i is row i.
 
 # %%
 V = model.config.text.vocab_size
 soft_layout = layout.with_soft_prompts(V)
-hard, soft = layout.image_side()[-10:], soft_layout.image_side()[-10:]
-names = [tokenizer.tokenizer.id_to_token(i).replace("<image>", "img") for i in hard]
+hard = layout.image_side()[-10:]
+soft = soft_layout.image_side()[-10:]
 
 
-def color(index):
-    return draw.PURPLE if index >= V else draw.ORANGE if index == layout.image_id else draw.GREEN
+def token(index):
+    """-> (word, color)."""
+    if index >= V:
+        return str(index), draw.PURPLE
+    if index == layout.image_id:
+        return "img", draw.ORANGE
+    return tokenizer.tokenizer.id_to_token(index), draw.GREEN
 
 
 draw.tokens(
-    ("hand-written: words of the vocabulary", [(n, color(i)) for n, i in zip(names, hard)]),
-    (f"soft: rows behind the vocabulary of {V}", [(str(i) if i >= V else "img", color(i)) for i in soft]),
+    ("hand-written: words of the vocabulary", [token(index) for index in hard]),
+    (f"soft: rows behind the vocabulary of {V}", [token(index) for index in soft]),
 )
 
 # %% [markdown]
@@ -301,7 +330,8 @@ def soft_embedding(ids, table, soft):
     V = len(table)
     is_soft = ids >= V  # (B, T)
     words = table[ids.masked_fill(is_soft, 0)]  # (B, T, D), nonsense where it is soft
-    prompt = soft[...]  # (B, T, D), nonsense where it is a word: which row? .clamp(min=0) keeps it in range
+    # (B, T, D), nonsense where it is a word: which row? .clamp(min=0) keeps it in range
+    prompt = soft[...]
     return torch.where(is_soft[..., None], prompt, words)
 
 
@@ -322,8 +352,8 @@ checks.exercise_4_5(soft_embedding)
 print(inspect.getsource(lora.SoftPrompt.forward))
 
 # %% [markdown]
-# Now train only the prompts (`TrainConfig` holds every setting; what is given differs from its defaults): 18 vectors,
-# 2,304 numbers, a tenth of a percent of the model. Half a minute at most.
+# Now train only the prompts (`TrainConfig` holds every setting; what is given differs from its
+# defaults): 18 vectors, 2,304 numbers, a tenth of a percent of the model. Half a minute at most.
 
 
 # %%
@@ -333,42 +363,47 @@ def t2i(each):
     return recall_at_k(scores, torch.arange(len(items)).repeat_interleave(2))["t2i_r1"]
 
 
-config = TrainConfig(steps=40, batch_size=32, warmup=4, ar_weight=0.0, lora_rank=0)  # soft prompts only
-prompted = load_run(ROOT / "toy" / "tiny-llava", device="cpu")
+# Soft prompts only.
+config = TrainConfig(steps=40, batch_size=32, warmup=4, autoregressive_weight=0.0, lora_rank=0)
+prompted = load_embedder(MODEL, device="cpu")
 before = t2i(prompted)
 add_adapters(prompted, config)
-print(f"{sum(p.numel() for p in trainable_parameters(prompted.model).values()):,} parameters")
+prompt = prompted.model.language_model.embed_tokens  # a SoftPrompt now
+print(f"{prompt.image.numel() + prompt.text.numel():,} parameters")
 out = ROOT / "runs" / "workshop" / "prompts"
 shutil.rmtree(out, ignore_errors=True)  # of a former run of this cell
 out.mkdir(parents=True)
-train(prompted, config, CaptionDataset(WORLD / "train.jsonl", prompted.layout, prompted.processor), out)
+dataset = CaptionDataset(WORLD / "train.jsonl", prompted.layout, prompted.processor)
+train(prompted, config, dataset, out)
 print(f"text to image R@1: {before:.1f} -> {t2i(prompted):.1f} %")
 
 # %% [markdown]
-# A step in the right direction at most: with 800 captions, one point up or down is noise. The full run of the toy
-# (150 steps of 128) gains 6 points by soft prompts alone, and 10 with LoRA (`toy/ablation.md`, three seeds).
+# A step in the right direction at most: with 800 captions, one point up or down is noise. The full
+# run of the toy (150 steps of 128) gains 6 points by soft prompts alone, and 10 with LoRA
+# (`toy/ablation.md`, three seeds).
 #
-# What did the prompts become? For each token: the nearest word of the vocabulary now (by cosine), how far it moved,
-# in lengths of the vector it was, and the cosine with that vector.
+# What did the prompts become? For each token: the nearest word of the vocabulary now (by cosine),
+# how far it moved, in lengths of the vector it was, and the cosine with that vector.
 
 # %%
-prompt = prompted.model.language_model.embed_tokens
 table = prompt.weight.detach()  # (V, D)
-start, end = table[layout.image_prompt], prompt.image.detach()  # (P, D)
+start = table[layout.image_prompt]  # (P, D)
+end = prompt.image.detach()  # (P, D)
 moved = (end - start).norm(dim=-1) / start.norm(dim=-1)
 cosine = F.normalize(end, dim=-1) @ F.normalize(table, dim=-1).T  # (P, V)
-nearest, own = cosine.argmax(-1), cosine.gather(1, torch.tensor(layout.image_prompt)[:, None])[:, 0]
-names = [tokenizer.tokenizer.id_to_token(i) for i in layout.image_prompt]
-labels = [f"{name} → {tokenizer.tokenizer.id_to_token(i)}" for name, i in zip(names, nearest.tolist())]
+own = cosine.gather(1, torch.tensor(layout.image_prompt)[:, None])[:, 0]
+labels = []
+for was, now in zip(layout.image_prompt, cosine.argmax(-1).tolist()):
+    labels.append(f"{token(was)[0]} → {token(now)[0]}")
 draw.bars(
     ("was → nearest word now; how far it moved", labels, moved.tolist()),
     ("cosine with the word that it was", labels, own.tolist()),
 )
 
 # %% [markdown]
-# They moved by several times their own length, yet most of them are still nearest to the word they were: they left
-# along directions that no word uses. The paper saw something alike in LLaVA: soft prompts hardly change their
-# meaning.
+# They moved by several times their own length, yet most of them are still nearest to the word they
+# were: they left along directions that no word uses. The paper saw something alike in LLaVA: soft
+# prompts hardly change their meaning.
 #
 # ## What to take home
 #
@@ -376,5 +411,5 @@ draw.bars(
 # * Knowing the backward pass lets you keep less, with the same gradients.
 # * A soft prompt is a question written in vectors. A few thousand numbers already help.
 #
-# If there is time: `add_lora(model, LoRAConfig(rank=16, targets=("q_proj", "v_proj")))` on a fresh model is what the
-# first LoRA paper did. How many parameters is that?
+# If there is time: `add_lora(model, LoRAConfig(rank=16, targets=("q_proj", "v_proj")))` on a fresh
+# model is what the first LoRA paper did. How many parameters is that?

@@ -1,45 +1,51 @@
 # %% [markdown]
 # # 5. Train, ablate, evaluate, break it
 #
-# The parts are known: embeddings (notebook 2), two losses (3), LoRA and soft prompts (4). Now they become a training
-# run. You write the step, compare four runs, learn to tell a result from noise, and break things on purpose, since
-# broken training rarely says so.
+# The parts are known: embeddings (notebook 2), two losses (3), LoRA and soft prompts (4). Now they
+# become a training run. You write the step, compare four runs, learn to tell a result from noise,
+# and break things on purpose, since broken training rarely says so.
 #
-# You need: what a training loop is. About 35 minutes, four exercises. Nothing later depends on your answers;
-# solutions are in `workshop/solutions/`.
+# You need: what a training loop is. About 35 minutes, four exercises. Nothing later depends on your
+# answers; solutions are in `workshop/solutions/`.
 #
 # Axes: **B** batch, **b** a chunk of it, **T** tokens, **D** hidden size.
 
 # %% setup
 import inspect
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
 
-ROOT = next(folder for folder in [Path.cwd(), *Path.cwd().parents] if (folder / "lora.py").exists())
+here = Path.cwd()  # the project's folder, or workshop/ in it
+ROOT = next(folder for folder in [here, *here.parents] if (folder / "lora.py").exists())
 sys.path.insert(0, str(ROOT))
 
 import torch
 from torch import nn
 
-from data import IGNORE, CaptionDataset, DataError, collate, open_image, read_retrieval
-from eval import caption, encode_image, encode_text, load_run, recall_at_k
+import train as training  # train.py; `train` below is its function
+from data import CaptionDataset, collate, open_image
+from eval import caption, encode_image, encode_text, load_embedder, recall_at_k
+from formats.files import InputError
+from formats.testsets import read_retrieval
+from losses import IGNORE
 from toy import world
 from train import TrainConfig, add_adapters, make_optimizer, train, training_step
 from workshop import checks, draw
 
 WORLD = world.build(ROOT / "runs" / "workshop" / "world", train_scenes=1024, test_scenes=400)
 MODEL = ROOT / "toy" / "tiny-llava"
-base = load_run(MODEL, device="cpu")
+base = load_embedder(MODEL, device="cpu")
 items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images", most=2)
 pictures = [open_image(path) for path, _ in items]
 texts = [text for _, captions in items for text in captions]
 image_of_text = torch.arange(len(items)).repeat_interleave(2)
 dataset = CaptionDataset(WORLD / "train.jsonl", base.layout, base.processor)
-long_captions = [json.loads(line)["long"] for line in (WORLD / "test.jsonl").read_text().splitlines()]
+lines = (WORLD / "test.jsonl").read_text().splitlines()
+long_captions = [json.loads(line)["long"] for line in lines]
 _ = torch.manual_seed(0)
+
 # %% [markdown]
 # ## The path of one step
 
@@ -56,44 +62,59 @@ draw.flow(
 )
 
 # %% [markdown]
-# A batch is not one tensor. `collate` lays pictures and texts out, sorts them by length and cuts them into chunks of
-# similar length, so that little padding is computed. The contrastive loss still compares all pairs of the batch:
-# embeddings are collected from all chunks first.
+# A batch is not one tensor. `collate` lays pictures and texts out, sorts them by length and cuts
+# them into chunks of similar length, so that little padding is computed. The contrastive loss still
+# compares all pairs of the batch: embeddings are collected from all chunks first.
 
 # %%
-batch = collate([dataset[index, 0] for index in range(32)], base.layout, micro_batch=16, caption_share=0.25)
+samples = [dataset[index, 0] for index in range(32)]
+batch = collate(samples, base.layout, micro_batch=16, caption_share=0.25)
 for kind, chunks in (("images", batch.images), ("texts", batch.texts)):
     for chunk in chunks:
-        print(f"{kind}: input_ids (b, T) {tuple(chunk.input_ids.shape)}, summaries at {chunk.summary[:4].tolist()} ...")
-print(f"{batch.num_pairs} pairs; {batch.num_tokens} tokens for the autoregressive loss, from a quarter of the pictures")
+        shape = tuple(chunk.input_ids.shape)
+        print(f"{kind}: input_ids (b, T) {shape}, summaries at {chunk.summary[:4].tolist()} ...")
+print(f"{batch.num_pairs} pairs")
+print(f"{batch.num_tokens} tokens for the autoregressive loss, from a quarter of the pictures")
+
+# %% [markdown]
+# `training_step` counts the pairs and the tokens of the whole batch, and hands over to
+# `backward_whole`, where both losses stand. Below it: how a chunk becomes embeddings, and one of
+# the two losses.
 
 # %%
-print(inspect.getsource(training_step))
+print(inspect.getsource(training.backward_whole))
+print(inspect.getsource(training.encode))
+print(inspect.getsource(training.contrastive))
 
 
 # %% setup
 def make():
-    """A fresh run with adapters, an optimizer for them, and a batch of eight pictures."""
-    run, config = load_run(MODEL, device="cpu"), TrainConfig(steps=10)
-    add_adapters(run, config)
-    log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
-    optimizer = make_optimizer(run.model, log_scale, config)
+    """A fresh embedder with adapters, an optimizer for them, and a batch of eight pictures."""
+    embedder = load_embedder(MODEL, device="cpu")
+    config = TrainConfig(steps=10)
+    add_adapters(embedder, config)
+    optimizer = make_optimizer(embedder.model, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    data = CaptionDataset(WORLD / "train.jsonl", run.layout, run.processor)
-    batch = collate([data[index, 0] for index in range(8)], run.layout, micro_batch=8)
-    return run, optimizer, parameters, lambda: training_step(run.model, batch, log_scale, config)
+    data = CaptionDataset(WORLD / "train.jsonl", embedder.layout, embedder.processor)
+    batch = collate([data[index, 0] for index in range(8)], embedder.layout, micro_batch=8)
+
+    def losses():
+        return training_step(embedder.model, batch, config)
+
+    return embedder, optimizer, parameters, losses
 
 
 # %% [markdown]
 # ### Exercise 5.1: the step around the step (6 minutes)
 #
-# `losses()` runs forward and backward, so gradients are in `.grad` when it returns. Do the four things that every
-# training loop does. Each group of the optimizer has its own `"peak_lr"`; the schedule gives a `factor` from 0 to 1.
+# `losses()` runs forward and backward, so gradients are in `.grad` when it returns. Do the four
+# things that every training loop does. Each group of the optimizer has its own `"peak_lr"`; the
+# schedule gives a `factor` from 0 to 1.
 
 
 # %% exercise 5.1
 def step(optimizer, parameters, losses, factor):
-    """One optimizer step. parameters: a list of all that is trained. Returns what losses() returned."""
+    """One optimizer step of `parameters`, a list. Returns what losses() returned."""
     for group in optimizer.param_groups:
         group["lr"] = ...  # 1. the schedule
     result = losses()
@@ -105,7 +126,7 @@ def step(optimizer, parameters, losses, factor):
 
 # %% solution 5.1
 def step(optimizer, parameters, losses, factor):
-    """One optimizer step. parameters: a list of all that is trained. Returns what losses() returned."""
+    """One optimizer step of `parameters`, a list. Returns what losses() returned."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
     result = losses()
@@ -119,29 +140,28 @@ def step(optimizer, parameters, losses, factor):
 checks.exercise_5_1(step, make)
 
 # %% [markdown]
-# The real loop, without files and messages:
+# The real loop does the same: `training_step`, and then `update`, which also keeps the temperature
+# from becoming too cold, and leaves a step out whose gradient is not finite.
 
 # %%
-loop = inspect.getsource(train).splitlines()
-first, last = (next(i for i, line in enumerate(loop) if words in line) for words in ("factor =", "log_scale.clamp_"))
-print(*loop[first : last + 1], sep="\n")
+print(inspect.getsource(training.update))
 
 # %% [markdown]
 # ## An ablation
 #
-# Does it need all its parts? Train without one, change nothing else, compare. The paper's table 4 has four trained
-# rows:
+# Does it need all its parts? Train without one, change nothing else, compare. The paper's table 4
+# has four trained rows:
 
 # %% [markdown]
 # ### Exercise 5.2: four settings (4 minutes)
 #
-# A row is a dictionary of what differs from `TrainConfig`'s defaults, which are: LoRA of rank 16 (`lora_rank`; 0
-# switches it off), soft prompts (`soft_prompts`, True or False), autoregressive loss at weight 1 (`ar_weight`; 0
-# switches it off).
+# A row is a dictionary of what differs from `TrainConfig`'s defaults, which are: LoRA of rank 16
+# (`lora_rank`; 0 switches it off), soft prompts (`soft_prompts`, True or False), autoregressive
+# loss at weight 1 (`autoregressive_weight`; 0 switches it off).
 
 # %% exercise 5.2
 ROWS = {
-    "soft prompts": dict(lora_rank=0, ar_weight=0.0),
+    "soft prompts": dict(lora_rank=0, autoregressive_weight=0.0),
     "LoRA": ...,
     "both": ...,
     "both + AR": ...,
@@ -149,9 +169,9 @@ ROWS = {
 
 # %% solution 5.2
 ROWS = {
-    "soft prompts": dict(lora_rank=0, ar_weight=0.0),
-    "LoRA": dict(soft_prompts=False, ar_weight=0.0),
-    "both": dict(ar_weight=0.0),
+    "soft prompts": dict(lora_rank=0, autoregressive_weight=0.0),
+    "LoRA": dict(soft_prompts=False, autoregressive_weight=0.0),
+    "both": dict(autoregressive_weight=0.0),
     "both + AR": dict(),
 }
 
@@ -159,81 +179,88 @@ ROWS = {
 checks.exercise_5_2(ROWS)
 
 # %% [markdown]
-# Now the runs: 30 steps of 32 pictures each, with the real `train.train`. To save time we train two of the rows,
-# *both* and *both + AR*; the committed results of all rows come below. Each run takes up to half a minute.
+# Now the runs: 30 steps of 32 pictures each, with the real `train.train`. To save time we train two
+# of the rows, *both* and *both + AR*; the committed results of all rows come below. Each run takes
+# up to half a minute.
 
 
 # %%
-def train_row(name, **settings):
-    config = TrainConfig(batch_size=32, warmup=4, **{"steps": 30} | settings)
-    run = load_run(MODEL, device="cpu")
-    add_adapters(run, config)
+def train_row(name, steps=30, **settings):
+    """-> the trained embedder, and its log: one dictionary a step."""
+    config = TrainConfig(batch_size=32, warmup=4, steps=steps, **settings)
+    embedder = load_embedder(MODEL, device="cpu")
+    add_adapters(embedder, config)
+    data = CaptionDataset(WORLD / "train.jsonl", embedder.layout, embedder.processor)
     out = ROOT / "runs" / "workshop" / name
     shutil.rmtree(out, ignore_errors=True)  # of a former run of this cell
     out.mkdir(parents=True)
-    train(run, config, CaptionDataset(WORLD / "train.jsonl", run.layout, run.processor), out)
-    return run, [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    train(embedder, config, data, out)
+    log = (out / "log.jsonl").read_text().splitlines()
+    return embedder, [json.loads(line) for line in log]
 
 
-contrast_only, contrast_log = train_row("both", ar_weight=0.0)
+contrast_only, contrast_log = train_row("both", autoregressive_weight=0.0)
 
 # %%
 both_losses, both_log = train_row("both + AR")
 
+
 # %%
-draw.curves(
-    (
-        "contrastive loss",
-        {"both": [x["contrastive"] for x in contrast_log], "both + AR": [x["contrastive"] for x in both_log]},
-    ),
-    ("autoregressive loss", {"both + AR": [x["autoregressive"] for x in both_log]}),
-)
+def column_of(log, name):
+    return [line[name] for line in log]
+
+
+contrasts = {
+    "both": column_of(contrast_log, "contrastive"),
+    "both + AR": column_of(both_log, "contrastive"),
+}
+captions_loss = {"both + AR": column_of(both_log, "autoregressive")}
+draw.curves(("contrastive loss", contrasts), ("autoregressive loss", captions_loss))
 
 # %% [markdown]
 # ## Evaluate
 #
-# Two questions: does it find (recall at 1, both ways), and does it still caption? For captions there is an exact
-# measure here, because the world is known: the share of sizes, colors and shapes that are right in a greedy long
-# caption.
+# Two questions: does it find (recall at 1, both ways), and does it still caption? For captions
+# there is an exact measure here, because the world is known: the share of sizes, colors and shapes
+# that are right in a greedy long caption.
 
 
 # %%
-def scores_of(run, count=48):
-    table = recall_at_k(encode_text(run, texts) @ encode_image(run, pictures).T, image_of_text)
-    attributes = world.score_captions(caption(run, pictures[:count], max_new_tokens=80), long_captions[:count])[
-        "attributes"
-    ]
-    return [table["t2i_r1"], table["i2t_r1"], attributes]
+def scores_of(embedder, count=48):
+    scores = encode_text(embedder, texts) @ encode_image(embedder, pictures).T  # (texts, images)
+    table = recall_at_k(scores, image_of_text)
+    said = caption(embedder, pictures[:count], max_new_tokens=80)
+    right = world.score_captions(said, long_captions[:count])
+    return [table["t2i_r1"], table["i2t_r1"], right["attributes"]]
 
 
-results = {
-    name: scores_of(run) for name, run in [("untrained", base), ("both", contrast_only), ("both + AR", both_losses)]
-}
-draw.grouped_bars(["text to image R@1", "image to text R@1", "attributes in captions"], results)
+models = {"untrained": base, "both": contrast_only, "both + AR": both_losses}
+results = {name: scores_of(each) for name, each in models.items()}
+names = ["text to image R@1", "image to text R@1", "attributes in captions"]
+draw.grouped_bars(names, results)
 
 # %%
-says = {
-    name: caption(run, pictures[:1], max_new_tokens=80)[0]
-    for name, run in [("untrained", base), ("both", contrast_only), ("both + AR", both_losses)]
-}
 draw.pictures(pictures[:1], side=2)
-print(*[f"{name}:\n  {text}" for name, text in says.items()], sep="\n")
+for name, each in models.items():
+    print(f"{name}:")
+    print(" ", caption(each, pictures[:1], max_new_tokens=80)[0])
 
 # %% [markdown]
-# Both runs search about equally well (a point more or less is noise). The one without the autoregressive loss can no
-# longer say what it sees, behind the prompt that it was trained with. The other one stumbles, and is on its way back:
-# in the full run it reaches 98 % of the attributes. (Check its last two sentences against the picture, too. Relations
-# are what this model knows least, before and after: the base gets two of three right.) The curve of the contrastive
-# loss shows nothing of all that. **Only an evaluation of the thing you care about does.**
+# Both runs search about equally well (a point more or less is noise). The one without the
+# autoregressive loss can no longer say what it sees, behind the prompt that it was trained with.
+# The other one stumbles, and is on its way back: in the full run it reaches 98 % of the attributes.
+# (Check its last two sentences against the picture, too. Relations are what this model knows least,
+# before and after: the base gets two of three right.) The curve of the contrastive loss shows
+# nothing of all that. **Only an evaluation of the thing you care about does.**
 #
-# `train.py` runs the whole set of tests (`eval.evaluate`: retrieval, SugarCrepe, SugarCrepe++, Winoground,
-# captioning) before and after, and prints both.
+# `train.py` runs the whole set of tests (`eval.evaluate`: retrieval, SugarCrepe, SugarCrepe++,
+# Winoground, captioning) before and after, and prints both.
 #
 # ## Is the difference real?
 #
-# `toy/ablation.json` holds the full runs, 150 steps of 128, three seeds a row. Three numbers each. Is *both + AR*
-# better than *both*? The seeds give the answer: pair the runs by seed, take the mean difference, and its 95 %
-# interval:
+# `toy/ablation.json` holds the full runs, 150 steps of 128, three seeds a row. Three numbers each.
+# Is *both + AR* better than *both*? The seeds give the answer: pair the runs by seed, take the mean
+# difference, and its 95 % interval:
 #
 # $$ \bar d \pm t \, \frac{s}{\sqrt n}, \qquad s^2 = \frac{1}{n-1} \sum_i (d_i - \bar d)^2, \qquad
 # t = 4.30 \text{ for } n = 3 $$
@@ -243,7 +270,7 @@ print(*[f"{name}:\n  {text}" for name, text in says.items()], sep="\n")
 
 # %% exercise 5.3
 def paired_difference(first, second):
-    """Two lists of three scores, seed by seed -> (mean of second - first, half-width of its 95 % interval)."""
+    """Two lists of three scores, by seed -> (mean of second - first, half of its interval)."""
     d = torch.tensor(second) - torch.tensor(first)
     mean = ...
     half = ...  # tensor.std() divides by n - 1 already
@@ -252,7 +279,7 @@ def paired_difference(first, second):
 
 # %% solution 5.3
 def paired_difference(first, second):
-    """Two lists of three scores, seed by seed -> (mean of second - first, half-width of its 95 % interval)."""
+    """Two lists of three scores, by seed -> (mean of second - first, half of its interval)."""
     d = torch.tensor(second) - torch.tensor(first)
     mean = d.mean()
     half = 4.30 * d.std() / len(d) ** 0.5
@@ -270,25 +297,30 @@ def column(row, name):
     return torch.tensor([committed[row][seed]["columns"][name] for seed in sorted(committed[row])])
 
 
-rows = {}
-for first, second, name in [
+differences = [
     ("soft prompts", "both", "T2I@1"),
     ("soft prompts", "both", "swap"),
     ("both", "both + AR", "T2I@1"),
     ("both", "both + AR", "swap"),
     ("both", "both + AR", "attributes"),
     ("long captions contrasted", "both", "T2I@1"),
-]:
+]
+small = {}  # those that fit into one figure
+for first, second, name in differences:
     d = column(second, name) - column(first, name)  # (3,), one difference a seed
-    rows[f"{name}: {first} → {second}"] = d.mean().item(), 4.30 * d.std().item() / 3**0.5
-for label, (mean, half) in rows.items():
-    print(f"{label:48} {mean:+6.1f} ± {half:3.1f}   {'within noise' if abs(mean) <= half else 'a difference'}")
-draw.intervals({label: row for label, row in rows.items() if abs(row[0]) < 10}, "points (the two large ones left out)")
+    mean = d.mean().item()
+    half = 4.30 * d.std().item() / 3**0.5
+    label = f"{name}: {first} → {second}"
+    found = "within noise" if abs(mean) <= half else "a difference"
+    print(f"{label:48} {mean:+6.1f} ± {half:3.1f}   {found}")
+    if abs(mean) < 10:
+        small[label] = (mean, half)
+draw.intervals(small, "points (the large ones left out)")
 
 # %% [markdown]
-# LoRA brings search and composition, the autoregressive loss brings captions. For *more composition through the
-# autoregressive loss*, which the paper reports, these three runs give no evidence either way. Say so when you write
-# it down.
+# LoRA brings search and composition, the autoregressive loss brings captions. For *more composition
+# through the autoregressive loss*, which the paper reports, these three runs give no evidence
+# either way. Say so when you write it down.
 #
 # ## Break it
 #
@@ -298,47 +330,46 @@ draw.intervals({label: row for label, row in rows.items() if abs(row[0]) < 10}, 
 
 # %%
 try:
-    _, log = train_row("broken", ar_weight=0.0, lr=0.2, steps=12)
-    draw.curves(
-        (
-            "contrastive loss, learning rate 0.2",
-            {"loss": [x["contrastive"] for x in log], "chance": [x["chance"] for x in log]},
-        )
-    )
-except DataError as error:
+    _, log = train_row("broken", steps=12, autoregressive_weight=0.0, lr=0.2)
+    lines = {"loss": column_of(log, "contrastive"), "chance": column_of(log, "chance")}
+    draw.curves(("contrastive loss, learning rate 0.2", lines))
+except InputError as error:
     print("train.py stopped:", error)
 
 # %% [markdown]
-# No crash and no NaN. A loss that sits at chance means: all embeddings are alike. That is why the progress bar of
-# `train.py` shows chance beside the loss.
+# No crash and no NaN. A loss that sits at chance means: all embeddings are alike. That is why the
+# progress bar of `train.py` shows chance beside the loss.
 #
-# **2. The last position instead of the summary.** The classic. Training is fine, evaluation reads `hidden[:, -1]`,
-# where shorter texts of a batch have padding.
+# **2. The last position instead of the summary.** The classic. Training is fine, evaluation reads
+# `hidden[:, -1]`, where shorter texts of a batch have padding.
 
 
 # %%
 @torch.no_grad()
-def encode_text_wrong(run, texts):
-    rows = [torch.tensor(run.layout.text_side(text)) for text in texts]
-    hidden = run.model(nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T, D)
+def encode_text_wrong(embedder, texts):
+    rows = [torch.tensor(embedder.layout.text_side(text)) for text in texts]
+    hidden = embedder.model(nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T, D)
     return nn.functional.normalize(hidden[:, -1], dim=-1)
 
 
-embedded = encode_image(both_losses, pictures)
+images = encode_image(both_losses, pictures)
 for name, function in [("summary", encode_text), ("last position", encode_text_wrong)]:
-    print(f"{name:14} T2I R@1 {recall_at_k(function(both_losses, texts) @ embedded.T, image_of_text)['t2i_r1']:5.1f} %")
+    scores = function(both_losses, texts) @ images.T
+    recall = recall_at_k(scores, image_of_text)["t2i_r1"]
+    print(f"{name:14} T2I R@1 {recall:5.1f} %")
 
 # %% [markdown]
 # Fast, silent, and far from zero: it looks like a model that is a bit weak.
 #
-# **3. A leak.** If the caption stood in front of the summary, the summary could read it, and the picture would not
-# matter: the contrastive loss would be solved by comparing texts. The next exercise catches such bugs before they
-# cost a week.
+# **3. A leak.** If the caption stood in front of the summary, the summary could read it, and the
+# picture would not matter: the contrastive loss would be solved by comparing texts. The next
+# exercise catches such bugs before they cost a week.
 #
 # ### Exercise 5.4: write the test (7 minutes)
 #
-# `is_right` gets a collate function: the real one, or one of four with a bug that someone really has written. It must
-# return True for the real one and False for all others. The first check is done.
+# `is_right` gets a collate function: the real one, or one of four with a bug that someone really
+# has written. It must return True for the real one and False for all others. The first check is
+# done.
 
 
 # %% exercise 5.4
@@ -378,17 +409,20 @@ def is_right(collate, layout, samples):
 checks.exercise_5_4(is_right, base.layout, [dataset[index, 0] for index in range(8)])
 
 # %% [markdown]
-# Such tests are in `tests/test_data.py` and `tests/test_train.py`. The strongest one runs a whole training step
-# against a plain implementation with transformers and peft, and compares losses and gradients.
+# Such tests are in `tests/test_data.py` and `tests/test_train.py`. The strongest one runs a whole
+# training step against a plain implementation with transformers and peft, and compares losses and
+# gradients.
 #
 # ## What to take home
 #
 # * A step is: schedule, losses, clip, move, forget.
 # * An ablation changes one thing. A difference has an interval. Three seeds are few, one is none.
-# * Broken training is silent. Watch chance level, evaluate what you care about, and test the layout.
+# * Broken training is silent. Watch chance level, evaluate what you care about, and test the
+#   layout.
 #
 # ## Where to go from here
 #
 # * `python train.py` is the full run of the toy: two to three minutes, tables before and after.
-# * `python train.py --model DIR --data FILE` is the same on a real LLaVA; the README says what it needs.
+# * `python train.py --model DIR --data FILE` is the same on a real LLaVA; the README says what it
+#   needs.
 # * `python -m toy.ablation` repeats the ablation; `python -m toy.pretrain` makes the base model.

@@ -1,5 +1,6 @@
-"""examples/commands.py: conversations, search, match, embed, fill; all commands on a random checkpoint."""
+"""examples/: conversations, search, match, embed, fill; every command on a random checkpoint."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -11,11 +12,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from data import DataError, open_image, pictures_in
-from eval import TOY_MODEL, caption, encode_image, encode_text, load_run
-from examples import commands
-from examples.commands import COMMANDS, Conversation, main
+import eval as evaluation
+from data import open_image
+from eval import TOY_MODEL, caption, encode_image, encode_text, load_embedder
+from examples import fill
+from examples.chat import Conversation
+from formats.captions import pictures_in
+from formats.files import InputError
 from toy import world
+
+EXAMPLES = ("chat", "search", "match", "embed", "fill")  # the others are evaluation's own commands
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,8 @@ def small_world(tmp_path_factory):
 
 @pytest.fixture
 def photos(small_world, tmp_path):
-    """A folder of pictures as people have them: in subfolders, one twice, one broken, other files between them."""
+    """A folder of pictures as people have them: in subfolders, one twice, one broken, other files
+    between them."""
     folder = tmp_path / "photos"
     shutil.copytree(small_world / "images/test", folder / "deep")
     shutil.copy(folder / "deep/000003.png", folder / "again.PNG")
@@ -34,8 +41,13 @@ def photos(small_world, tmp_path):
     return folder
 
 
-def run_main(capsys, *arguments):
-    main([*map(str, arguments), "--device", "cpu"])
+def run_main(capsys, command, *arguments):
+    """`python -m examples.COMMAND ...`, or `python eval.py COMMAND ...` -> what it prints."""
+    arguments = [*map(str, arguments), "--device", "cpu"]
+    if command in EXAMPLES:
+        importlib.import_module(f"examples.{command}").main(arguments)
+    else:
+        evaluation.main([command, *arguments])
     return capsys.readouterr().out
 
 
@@ -55,18 +67,25 @@ def test_conversation_goes_on_from_the_cache(toy, small_world):
 
 
 def test_conversation_ends_where_positions_end(toy, small_world):
-    """Answers are cut to the positions that are left; when there are none, one clear error, and nothing is lost."""
-    talk = Conversation(toy, open_image(small_world / "images/test/000000.png"), max_new_tokens=10**6)
+    """Answers are cut to the positions that are left; when there are none, one clear error, and
+    nothing is lost."""
+    talk = Conversation(
+        toy, open_image(small_world / "images/test/000000.png"), max_new_tokens=10**6
+    )
     talk.ask("Describe the image in detail.")
     before = list(talk.ids)
-    with pytest.raises(DataError, match="positions"):
+    with pytest.raises(InputError, match="positions"):
         talk.ask("red " * toy.model.config.text.max_position_embeddings)
     assert talk.ids == before and talk.ask("What color is the background?")
 
 
 def test_chat(small_world, capsys, monkeypatch):
     """Questions are read from the terminal until an empty line."""
-    monkeypatch.setattr(sys, "stdin", StringIO("Describe the image in detail.\nHow many objects are in the image?\n\n"))
+    monkeypatch.setattr(
+        sys,
+        "stdin",
+        StringIO("Describe the image in detail.\nHow many objects are in the image?\n\n"),
+    )
     shown = run_main(capsys, "chat", small_world / "images/test/000000.png", "--max_new_tokens", 20)
     assert "there are" in shown.lower()
 
@@ -75,19 +94,41 @@ def test_chat(small_world, capsys, monkeypatch):
 
 
 def test_search(toy, photos, tmp_path, capsys, monkeypatch):
-    """Ranks as the embeddings do, by words or by a picture; tells broken pictures; embeds new pictures only."""
-    options = ["--images", photos, "--out", tmp_path / "found.png", "--cache", tmp_path / "kept", "--top", 5]
+    """Ranks as the embeddings do, by words or by a picture; tells broken pictures; embeds new
+    pictures only."""
+    options = [
+        "--images",
+        photos,
+        "--out",
+        tmp_path / "found.png",
+        "--cache",
+        tmp_path / "kept",
+        "--top",
+        5,
+    ]
     shown = run_main(capsys, "search", "a red circle", *options)
     paths = [path for path in pictures_in(photos) if path.name != "broken.jpg"]
     assert len(paths) == 21 and "broken.jpg: not a JPEG" in shown and "of 21 pictures" in shown
-    scores = encode_image(toy, [open_image(path) for path in paths]) @ encode_text(toy, ["a red circle"])[0]
-    listed = [line.split("  ", 1) for line in shown.splitlines() if line[:1].isdigit() or line[:1] == "-"]
-    assert [score for score, _ in listed] == [f"{score:.3f}" for score in scores.topk(5).values.tolist()]
-    assert listed[0][1] in {str(paths[index]) for index in (scores >= scores.max() - 1e-6).nonzero()[:, 0].tolist()}
+    scores = (
+        encode_image(toy, [open_image(path) for path in paths])
+        @ encode_text(toy, ["a red circle"])[0]
+    )
+    listed = [
+        line.split("  ", 1) for line in shown.splitlines() if line[:1].isdigit() or line[:1] == "-"
+    ]
+    assert [score for score, _ in listed] == [
+        f"{score:.3f}" for score in scores.topk(5).values.tolist()
+    ]
+    assert listed[0][1] in {
+        str(paths[index]) for index in (scores >= scores.max() - 1e-6).nonzero()[:, 0].tolist()
+    }
     assert open_image(tmp_path / "found.png").size == (330 + 4 * 204, 2 * 218 + 6)
 
     counted = []
-    monkeypatch.setattr("eval.encode_image", lambda run, part: counted.append(len(part)) or encode_image(run, part))
+    monkeypatch.setattr(
+        "eval.encode_image",
+        lambda embedder, part: counted.append(len(part)) or encode_image(embedder, part),
+    )
     shutil.copy(photos / "deep/000007.png", photos / "a copy.png")
     open_image(photos / "deep/000007.png").rotate(90).save(photos / "new.png")
     shown = run_main(capsys, "search", photos / "new.png", *options)
@@ -95,9 +136,12 @@ def test_search(toy, photos, tmp_path, capsys, monkeypatch):
     assert "of 23 pictures" in shown
     with pytest.raises(SystemExit, match="no picture in this folder"):
         (tmp_path / "empty").mkdir()
-        run_main(capsys, "search", "x", "--images", tmp_path / "empty", "--cache", tmp_path / "kept")
-    with pytest.raises(SystemExit, match="--images DIR"):
+        run_main(
+            capsys, "search", "x", "--images", tmp_path / "empty", "--cache", tmp_path / "kept"
+        )
+    with pytest.raises(SystemExit):
         run_main(capsys, "search", "x")
+    assert "required: --images" in capsys.readouterr().err
     long = "a red circle is above a blue star " * 9  # longer than the name of a file can be
     assert "of 23 pictures" in run_main(capsys, "search", long, *options)
 
@@ -114,7 +158,8 @@ def test_match(toy, small_world, capsys):
 
 
 def test_embed(toy, small_world, tmp_path, capsys):
-    """Folders and pictures into .safetensors with their names, lines of text into .npy, both as encode_* gives them."""
+    """Folders and pictures into .safetensors with their names, lines of text into .npy, both as
+    encode_* gives them."""
     folder, cache = small_world / "images/test", ["--cache", tmp_path / "kept"]
     picture = sorted(folder.glob("*.png"))[2]
     run_main(capsys, "embed", tmp_path / "p.safetensors", folder, picture, *cache)
@@ -127,8 +172,14 @@ def test_embed(toy, small_world, tmp_path, capsys):
     lines = torch.from_numpy(np.load(tmp_path / "t.npy", allow_pickle=False))
     torch.testing.assert_close(lines, encode_text(toy, ["a red circle", "", "a blue star"]))
     (tmp_path / "lines.txt").write_text("one\u2028line\x0conly\n", encoding="utf-8")
-    assert "1 embeddings" in run_main(capsys, "embed", tmp_path / "t.npy", "--texts", tmp_path / "lines.txt", *cache)
-    for arguments in (["x.csv", picture], ["x.npy"], ["x.npy", picture, "--texts", tmp_path / "lines.txt"]):
+    assert "1 embeddings" in run_main(
+        capsys, "embed", tmp_path / "t.npy", "--texts", tmp_path / "lines.txt", *cache
+    )
+    for arguments in (
+        ["x.csv", picture],
+        ["x.npy"],
+        ["x.npy", picture, "--texts", tmp_path / "lines.txt"],
+    ):
         with pytest.raises(SystemExit, match="OUT ends in .npy or .safetensors"):
             run_main(capsys, "embed", *arguments)
 
@@ -137,31 +188,40 @@ def test_embed(toy, small_world, tmp_path, capsys):
 
 
 def test_fill(toy, small_world, tmp_path, capsys, monkeypatch):
-    """Only what lacks a long caption gets one, everything else stays; counted by reason; a torn file is continued."""
+    """Only what lacks a long caption gets one, everything else stays; counted by reason; a torn
+    file is continued."""
     lines = [json.loads(line) for line in (small_world / "test.jsonl").read_text().splitlines()[:6]]
-    records = [record if number == 2 else record | {"long": []} for number, record in enumerate(lines)]
+    records = [
+        record if number == 2 else record | {"long": []} for number, record in enumerate(lines)
+    ]
     records[4]["image"] = "missing.png"
     source = tmp_path / "some.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    options = ["--fill", source, "--images", small_world, "--batch", 2]
-    shown = run_main(capsys, "caption", *options)
+    options = [source, "--images", small_world, "--batch", 2]
+    shown = run_main(capsys, "fill", *options)
     assert "4 filled" in shown and "1 had a long caption" in shown and "1 left as it was" in shown
     assert "missing.png: no such image" in shown
     out = tmp_path / "some.filled.jsonl"
     filled = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(filled) == 6 and filled[2]["long"] == lines[2]["long"] and filled[4]["long"] == []
     wanted = caption(toy, [open_image(small_world / lines[0]["image"])])[0]
-    assert filled[0]["long"] == [wanted] and filled[0]["short"] == lines[0]["short"] and filled[0]["long_by"]
+    assert (
+        filled[0]["long"] == [wanted]
+        and filled[0]["short"] == lines[0]["short"]
+        and filled[0]["long_by"]
+    )
     whole = out.read_bytes()
     out.write_bytes(whole[: len(whole) // 2])
-    run_main(capsys, "caption", *options)
+    run_main(capsys, "fill", *options)
     assert out.read_bytes() == whole
-    monkeypatch.setattr(commands, "caption", lambda run, pictures, *_: ["Yes."] * len(pictures))
+    monkeypatch.setattr(fill, "caption", lambda embedder, pictures, *_: ["Yes."] * len(pictures))
     out.unlink()
-    assert "4 left as it was: the answer is shorter than 30 tokens" in run_main(capsys, "caption", *options)
+    assert "4 left as it was: the answer is shorter than 30 tokens" in run_main(
+        capsys, "fill", *options
+    )
     source.write_text("".join(json.dumps(record) + "\n" for record in records[::-1]))
     with pytest.raises(SystemExit, match="does not begin as"):
-        run_main(capsys, "caption", *options)
+        run_main(capsys, "fill", *options)
 
 
 def test_fill_without_the_pictures_writes_nothing(small_world, tmp_path, capsys):
@@ -169,7 +229,7 @@ def test_fill_without_the_pictures_writes_nothing(small_world, tmp_path, capsys)
     source = tmp_path / "some.jsonl"
     source.write_text(json.dumps({"image": "images/none.png", "short": ["a star"]}) + "\n")
     with pytest.raises(SystemExit, match="give --images DIR"):
-        run_main(capsys, "caption", "--fill", source)
+        run_main(capsys, "fill", source)
     assert not (tmp_path / "some.filled.jsonl").read_bytes()
 
 
@@ -187,7 +247,9 @@ def test_fill_without_the_pictures_writes_nothing(small_world, tmp_path, capsys)
         (["embed", "x.npy", "{world}/test/sugarcrepe"], "no pictures to embed"),
     ],
 )
-def test_what_cannot_be_measured_is_told(small_world, tmp_path, capsys, monkeypatch, arguments, message):
+def test_what_cannot_be_measured_is_told(
+    small_world, tmp_path, capsys, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     Path("empty/class").mkdir(parents=True)
     with pytest.raises(SystemExit, match=message):
@@ -221,24 +283,33 @@ def test_every_command_on_a_random_checkpoint(
         "chat": [picture, "--max_new_tokens", 5],
         "search": ["red", "--images", small_world / "images/test", "--out", tmp_path / "found.png"],
         "match": [picture, "red", "blue"],
+        "fill": [source, "--images", small_world, "--max_new_tokens", 40],
         "embed": [tmp_path / "x.npy", picture],
-        "retrieval": [test / "karpathy.json", "--images", small_world / "images", "--captions_per_image", 2],
+        "retrieval": [
+            test / "karpathy.json",
+            "--images",
+            small_world / "images",
+            "--captions_per_image",
+            2,
+        ],
         "sugarcrepe": [test / "sugarcrepe", "--images", small_world / "images/test"],
         "sugarcrepe++": [test / "sugarcrepe++", "--images", small_world / "images/test"],
         "winoground": [test / "winoground/examples.jsonl", "--images", test / "winoground/images"],
         "imagenet": [small_world / "images", "--template", "a {}."],
         "captioning": [test / "karpathy.json", "--images", small_world / "images", "--limit", 2],
     }
-    assert arguments.keys() == COMMANDS.keys()
+    its_own_commands = evaluation.make_parser()._subparsers._group_actions[0].choices
+    assert arguments.keys() == {*its_own_commands, *EXAMPLES}
     monkeypatch.chdir(tmp_path)
     for command, its_own in arguments.items():
         monkeypatch.setattr(sys, "stdin", StringIO("What?\n\n"))
-        if command not in ("caption", "chat", "captioning"):
+        if command not in ("caption", "chat", "captioning", "fill"):
             its_own = [*its_own, "--image_prompt", "What is it?", "--text_prompt", "Say it:"]
         shown = run_main(capsys, command, *its_own, "--model", folder)
         assert shown or command in ("chat", "embed"), command
-    run_main(capsys, "caption", "--fill", source, "--images", small_world, "--model", folder, "--max_new_tokens", 40)
-    assert len((tmp_path / "train.filled.jsonl").read_text().splitlines()) == len(source.read_text().splitlines())
+    assert len((tmp_path / "train.filled.jsonl").read_text().splitlines()) == len(
+        source.read_text().splitlines()
+    )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert (tmp_path / "runs/embeddings/files.json").exists()
 
@@ -246,9 +317,11 @@ def test_every_command_on_a_random_checkpoint(
 def test_prompts_of_a_model(toy, small_world):
     """Given prompts stand where the paper's would."""
     image = open_image(small_world / "images/test/000000.png")
-    other = load_run(TOY_MODEL, "cpu", "Name it:", "Name it:")
+    other = load_embedder(TOY_MODEL, "cpu", "Name it:", "Name it:")
     ids = toy.layout.image_prefix + toy.layout.prompt("Name it:")
     with torch.no_grad():
         hidden = toy.model(torch.tensor([ids]), toy.pixel_values([image]))[:, -1]
-    torch.testing.assert_close(encode_image(other, [image]), hidden / hidden.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(
+        encode_image(other, [image]), hidden / hidden.norm(dim=-1, keepdim=True)
+    )
     assert not torch.allclose(encode_image(toy, [image]), encode_image(other, [image]))

@@ -1,0 +1,175 @@
+"""The contract between a vision-language model and the rest of this project, in one place.
+
+    model = backbones.load(folder, dtype=torch.bfloat16, device="cuda")
+    config = backbones.read_config(folder)                  # its sizes, without its weights
+
+`load` chooses the class by config.json's "model_type". `Llava` (model.py) is the reference of the
+contract. Another model is one more file in this folder, with a class that fulfils `Backbone`, and
+one more line in BACKBONES; data, LoRA, losses, training and evaluation stay as they are.
+
+Beside the members below, two properties of the computation are part of the contract:
+
+  causal    A hidden state depends on its own token and those in front of it, never on those
+            behind. So right padding needs no mask, and one forward pass of an image's sequence
+            gives both its embedding (at the summary position) and the states that predict the
+            caption behind it.
+  a Module  The class is a torch.nn.Module whose parameters are the base model's weights and
+            nothing else. What is trained is added from outside (lora.py).
+
+Axes: B batch, T tokens, N tokens of an image, D hidden, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from formats import hf
+from model import Llava
+
+
+# ---- Sizes: what is known of a model without its weights ----
+@runtime_checkable
+class TextSizes(Protocol):
+    """The language model's sizes. lora.py needs V, the estimate of memory (train.py) the rest."""
+
+    vocab_size: int  # V; soft prompts take the ids from V on
+    hidden_size: int  # D, the length of an embedding
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int  # the longest sequence, generated tokens included
+
+
+@runtime_checkable
+class VisionSizes(Protocol):
+    image_size: int  # pixel_values are squares of this side
+
+
+@runtime_checkable
+class BackboneConfig(Protocol):
+    """What config.json says. `LlavaConfig` is the reference."""
+
+    text: TextSizes
+    vision: VisionSizes
+    image_token_id: int  # must be the tokenizer's id of the layout's image token
+    num_image_tokens: int  # N: so often an image's token stands in input_ids, the same for all
+    eos_token_ids: tuple[int, ...]  # `generate` stops at any of them; may be replaced after loading
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "BackboneConfig":
+        """Read a folder's small files. Raises InputError for what is missing or unsupported."""
+
+
+# ---- Parts that others reach into ----
+@runtime_checkable
+class LanguagePart(Protocol):
+    embed_tokens: nn.Module  # ids (B, T) -> (B, T, D), with a `weight` (V, D); lora.SoftPrompt
+    # takes its place, and then gets ids of V and above too. All embedding goes through it.
+    layers: nn.ModuleList  # LoRA replaces the nn.Linear in here that bear its targets' names
+    checkpoint_layers: int  # so many of the first layers compute their inner values twice
+
+
+@runtime_checkable
+class Cache(Protocol):
+    tokens: list[list[int]]  # the ids that each row holds; rows may differ in length
+
+
+# ---- The model ----
+@runtime_checkable
+class Backbone(Protocol):
+    """A vision-language model that can be trained, evaluated and asked here."""
+
+    config: BackboneConfig
+    config_class: type  # whose from_pretrained reads `config` alone
+    vision_tower: nn.Module  # frozen, and sharded as a whole when training is
+    language_model: LanguagePart
+    lm_head: nn.Module  # `lm_head.weight` is (V, D): the caption loss computes logits from it
+    device: torch.device  # where inputs must be
+    dtype: torch.dtype  # of the weights; pixel_values of another floating dtype are cast
+
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What takes the places of image tokens.
+
+        pixel_values: (images, 3, image_size, image_size), normalised as preprocessor_config.json
+        says. Returns (images, N, D). Training calls it once an image and step, and keeps it."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) after the final norm, in the model's dtype; never logits.
+
+        input_ids: (B, T) int64, padded on the right, with N image tokens for each image.
+        pixel_values or image_features: the images of all rows, in reading order; neither for text.
+        cache: what stands in front of input_ids; the caller then adds the new ids to its `tokens`.
+        Raises ValueError where image tokens and image features differ in number."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., D) -> scores of the next token (..., V)."""
+
+    def new_cache(self, batch_size: int) -> Cache:
+        """An empty cache for so many conversations."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        pixel_values: torch.Tensor | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        cache: Cache | None = None,
+    ) -> list[list[int]]:
+        """Continue prompts of any lengths -> each row's new ids, without the stop token.
+
+        temperature 0 is greedy. With a cache, the prompts are whole conversations, of which what it
+        holds is not computed again. Raises ValueError for prompts that do not fit the cache, the
+        images or max_position_embeddings."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "Backbone":
+        """Read a Hugging Face folder, in eval mode. Raises InputError with all faults.
+
+        dtype None leaves the weights as they are stored: on the CPU as views of the files, of
+        which sharded training reads only what it keeps."""
+
+    def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write the base model as a Hugging Face folder that transformers opens."""
+
+
+# ---- Which class reads which folder ----
+BACKBONES: dict[str, type[Backbone]] = {
+    "llava": Llava,
+}
+
+
+def class_of(folder: str | Path) -> type[Backbone]:
+    """The class for a folder's model_type. Raises InputError that lists those there are."""
+    raw = hf.read_config(Path(folder), supported=tuple(BACKBONES))
+    return BACKBONES[raw["model_type"]]
+
+
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Backbone:
+    """The model in a Hugging Face folder, whichever it is; see `Backbone.from_pretrained`."""
+    return class_of(folder).from_pretrained(folder, dtype, device)
+
+
+def read_config(folder: str | Path) -> BackboneConfig:
+    """The sizes of the model in a Hugging Face folder. Raises InputError."""
+    return class_of(folder).config_class.from_pretrained(folder)
