@@ -506,7 +506,8 @@ class CaptionDataset(Dataset):
         self.processor = processor
         self.root = Path(image_root) if image_root else self.path.parent
         self.contrast = contrast
-        self.units: list[int] = []  # a number a record, the same for those that stay neighbours
+        # For each record the number of its unit: records of one unit stay neighbours.
+        self.units: list[int] = []
         self.faults = Counter()  # how many lines were left out, by the reason
         self.offsets = self.index_lines()  # (records,) int64: the byte where each line begins
 
@@ -638,6 +639,13 @@ def is_part(value) -> bool:
     return all(type(number) is int and 0 <= number < 2**48 for number in value)
 
 
+def check_batch_size(records: int, batch_size: int) -> None:
+    """Raise InputError where there are fewer records than a batch needs."""
+    if records < batch_size:
+        found = f"{records} usable records do not fill a batch of {batch_size}"
+        raise InputError(f"{found}; lower the batch size")
+
+
 class ResumableSampler(Sampler):
     """Batches of (record, draw) for `CaptionDataset`.
 
@@ -646,7 +654,7 @@ class ResumableSampler(Sampler):
     them). An epoch's last records that do not fill a batch wait for the next permutation.
 
     Args:
-        units: a number a record, as `CaptionDataset.units`.
+        units: for each record the number of its unit, as `CaptionDataset.units`.
         batch_size: records of a batch, of all processes together.
         steps, first_step: where training ends, and where it goes on.
         places: which of a batch's places are yielded; range(rank, batch_size, processes) is the
@@ -663,11 +671,7 @@ class ResumableSampler(Sampler):
         first_step: int = 0,
         places: range | None = None,
     ):
-        if len(units) < batch_size:
-            raise InputError(
-                f"{len(units)} usable records do not fill a batch of {batch_size}; "
-                "lower the batch size"
-            )
+        check_batch_size(len(units), batch_size)
         self.units = np.asarray(units)
         self.batch_size = batch_size
         self.steps = steps
@@ -681,11 +685,11 @@ class ResumableSampler(Sampler):
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The records of an epoch in their order, and a draw for each of them."""
         generator = np.random.default_rng([self.seed, number])
-        rank_of_unit = generator.permutation(self.units.max() + 1)
-        rank = rank_of_unit[self.units]  # (records,)
-        # Stable: the records of a unit, whose ranks are equal, stay in the file's order.
-        order = np.argsort(rank, kind="stable")
-        draws = generator.integers(2**31, size=len(rank))
+        place_of_unit = generator.permutation(self.units.max() + 1)
+        place = place_of_unit[self.units]  # (records,)
+        # Stable: the records of a unit, whose places are equal, stay in the file's order.
+        order = np.argsort(place, kind="stable")
+        draws = generator.integers(2**31, size=len(place))
         return order, draws
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -42,7 +42,7 @@ import data
 import eval
 import fast
 import lora
-from data import IMAGE_PROMPT, TEXT_PROMPT, Batch, Chunk
+from data import IMAGE_PROMPT, NO_PAIR, TEXT_PROMPT, Batch, Chunk
 from formats.files import InputError, read_json, write_whole
 from lora import trainable_parameters
 from losses import IGNORE, contrastive_loss, cross_entropy
@@ -128,10 +128,10 @@ class TrainConfig:
             faults.append("temperature must be at least 0.01")
         if not self.clip > 0:
             faults.append("clip must be positive")
-        for name in ("lr", "soft_lr", "temperature_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                faults.append(f"{name} must lie in [0, inf)")
-        for name in ("contrastive_weight", "autoregressive_weight"):
+        for name in (
+            *("lr", "soft_lr", "temperature_lr", "weight_decay"),
+            *("contrastive_weight", "autoregressive_weight"),
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 faults.append(f"{name} must lie in [0, inf)")
         for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed"):
@@ -161,13 +161,19 @@ class TrainConfig:
 
 def contrastive(model, images, texts, config):
     """Short captions. images, texts: (B, D), the embeddings of all pairs of the global batch."""
-    loss = fast.twin(contrastive_loss) if config.fast else contrastive_loss
+    loss = contrastive_loss
+    if config.fast:
+        loss = fast.twin(
+            loss
+        )  # the same numbers in less memory, or `loss` itself where they differ
     return loss(images, texts, model.log_scale.exp())
 
 
 def autoregressive(model, hidden, labels, num_tokens, config):
     """Long captions. hidden: (b, T, D) of one chunk's images; labels: (b, T), the next tokens."""
-    loss = fast.twin(cross_entropy) if config.fast else cross_entropy
+    loss = cross_entropy
+    if config.fast:
+        loss = fast.twin(loss)
     return loss(hidden, model.lm_head.weight, labels, num_tokens)
 
 
@@ -187,9 +193,10 @@ def weights_of(losses: dict, config: TrainConfig) -> dict[str, float]:
 def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[str, float]:
     """Forward and backward of one batch; gradients are added to the parameters'.
 
-    Each image goes through the language model once. Its hidden state at the summary position, the
-    last token of the prompt, is its embedding; the states behind it predict the long caption, which
-    the summary cannot see, since attention is causal.
+    One forward pass of an image serves both losses. Its hidden state at the summary position, the
+    last token of the prompt, is its embedding; the states after it predict the long caption, which
+    the summary cannot see, since attention is causal. So both losses train LoRA and the image
+    prompt; the text prompt and the temperature learn from the contrastive loss alone.
 
     Args:
         model: a backbone with adapters and a temperature, as `add_adapters` leaves it.
@@ -199,6 +206,27 @@ def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[s
     counts = everyone((batch.num_pairs, batch.num_tokens))
     num_pairs = sum(pairs for pairs, _ in counts)
     num_tokens = sum(tokens for _, tokens in counts)
+    weights = choose_weights(num_pairs, num_tokens, batch, config)
+    if not any(name in weights for name in EMBEDDING_LOSSES):
+        batch = dataclasses.replace(batch, texts=[])  # only contrast reads the texts
+    if world_size() > 1:
+        batch = even_out(batch, model)
+
+    backward = backward_cached if config.gradient_cache else backward_whole
+    losses = backward(model, batch, num_tokens, weights, config)
+
+    if world_size() > 1:
+        add_up_processes(model, losses)
+    result = dict.fromkeys((*EMBEDDING_LOSSES, *CAPTION_LOSSES), 0.0)
+    for name, loss in losses.items():
+        result[name] = loss.item()
+    result["loss"] = sum(weights[name] * result[name] for name in weights)
+    result["pairs"] = num_pairs
+    return result
+
+
+def choose_weights(num_pairs, num_tokens, batch, config) -> dict[str, float]:
+    """The weights, by name, of the losses that this batch has something for. Raises InputError."""
     weights = {}
     if num_pairs:
         weights.update(weights_of(EMBEDDING_LOSSES, config))
@@ -209,22 +237,7 @@ def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[s
             "a batch has no captions for its losses; larger batches? "
             f"the --image_root? {batch.skipped[:1]}"
         )
-    if not any(name in weights for name in EMBEDDING_LOSSES):
-        batch = dataclasses.replace(batch, texts=[])  # only contrast reads the texts
-    if world_size() > 1:
-        batch = even_out(batch, model)
-
-    backward = backward_cached if config.gradient_cache else backward_whole
-    losses = backward(model, batch, num_tokens, weights, config)
-
-    if world_size() > 1:
-        sum_gradients(model, losses)
-    result = dict.fromkeys((*EMBEDDING_LOSSES, *CAPTION_LOSSES), 0.0)
-    for name, loss in losses.items():
-        result[name] = loss.item()
-    result["loss"] = sum(weights[name] * result[name] for name in weights)
-    result["pairs"] = num_pairs
-    return result
+    return weights
 
 
 def backward_whole(model, batch, num_tokens, weights, config) -> dict[str, torch.Tensor]:
@@ -263,20 +276,20 @@ def backward_cached(model, batch, num_tokens, weights, config) -> dict[str, torc
         embeddings = [embed(model, part, config) for part in parts]
 
     # Phase 2: the gradient of the contrastive loss with respect to each embedding.
-    gradients = [torch.zeros_like(rows) for rows in embeddings]
-    for rows, gradient in zip(embeddings, gradients):
+    for rows in embeddings:
         rows.requires_grad_()
-        rows.grad = gradient
     contrasts = embedding_losses(model, batch, embeddings, weights, config)
     if contrasts:
-        sum(weights[name] * loss for name, loss in contrasts.items()).backward()
+        total = sum(weights[name] * loss for name, loss in contrasts.items())
+        total.backward()
     losses |= contrasts
 
     # Phase 3: chunk by chunk once more, now with a backward pass. By the chain rule the gradient of
     # a parameter w is the sum of <gradient, d embedding / d w> over the embeddings. That is the
     # gradient of this surrogate, whose value means nothing.
-    for part, gradient in zip(parts, gradients):
+    for part, rows in zip(parts, embeddings):
         hidden, summaries = encode(model, part)
+        gradient = torch.zeros_like(rows) if rows.grad is None else rows.grad
         total = (summaries * gradient).sum()
         for name, loss in caption_losses(model, part, hidden, num_tokens, weights, config).items():
             losses[name] = losses[name] + loss.detach()
@@ -311,7 +324,7 @@ def prepare(model: nn.Module, batch: Batch) -> list[Part]:
 
 def encode(model: nn.Module, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
     """-> hidden states (b, T, D), and the embeddings (b, D): those at the summary positions."""
-    torch.manual_seed(part.seed)
+    torch.manual_seed(part.seed)  # so that the gradient cache draws the same masks twice
     input_ids = part.chunk.input_ids.to(model.device)
     summary = part.chunk.summary.to(model.device)
     hidden = model(input_ids, image_features=part.image_features)
@@ -356,7 +369,7 @@ def in_order_of_pairs(chunks: list[Chunk], embeddings: list, num_pairs: int) -> 
     """Embeddings (b, D) of chunks, which were sorted by length -> (num_pairs, D), by pair."""
     rows = torch.cat(embeddings)
     pair = torch.cat([chunk.pair for chunk in chunks]).to(rows.device)
-    has_partner = pair >= 0  # an image without a short caption has none
+    has_partner = pair != NO_PAIR  # an image without a short caption has none
     ordered = rows.new_zeros(num_pairs, rows.shape[1])
     return ordered.index_copy(0, pair[has_partner], rows[has_partner])
 
@@ -376,40 +389,39 @@ def even_out(batch: Batch, model: nn.Module) -> Batch:
     while len(images) < most_images:
         images.append(empty_image_chunk(model.config))
     while len(texts) < most_texts:
-        texts.append(Chunk(torch.zeros(1, 1, dtype=torch.long), torch.tensor([0]), NO_PAIR))
+        texts.append(empty_text_chunk())
     return dataclasses.replace(batch, images=images, texts=texts)
 
 
-NO_PAIR = torch.tensor([-1])
+def empty_text_chunk() -> Chunk:
+    """One token, in no pair."""
+    return Chunk(torch.zeros(1, 1, dtype=torch.long), torch.tensor([0]), torch.tensor([NO_PAIR]))
 
 
 def empty_image_chunk(config) -> Chunk:
-    """One black image, in no pair and without a caption."""
+    """One image, in no pair and without a caption."""
     tokens = config.num_image_tokens
     input_ids = torch.full((1, tokens), config.image_token_id)
     labels = torch.full((1, tokens), IGNORE)
     pixel_values = torch.zeros(1, 3, config.vision.image_size, config.vision.image_size)
-    return Chunk(input_ids, torch.tensor([tokens - 1]), NO_PAIR, labels, pixel_values)
+    summary = torch.tensor([tokens - 1])
+    return Chunk(input_ids, summary, torch.tensor([NO_PAIR]), labels, pixel_values)
 
 
-def sum_gradients(model: nn.Module, losses: dict[str, torch.Tensor]) -> None:
-    """Add up over the processes what each has computed of its own rows, in one message."""
+def add_up_processes(model: nn.Module, losses: dict[str, torch.Tensor]) -> None:
+    """Add up over the processes, in place and in one message, what each has computed of its own
+    rows: gradients, and the losses of captions. The contrastive loss is complete in each."""
     tensors = [losses[name] for name in CAPTION_LOSSES if name in losses]
+    of_losses = lora.loss_parameters(model)
     for name, parameter in trainable_parameters(model).items():
-        if parameter.grad is None:
-            if is_of_a_loss(name):  # then it is None everywhere
-                continue
-            parameter.grad = torch.zeros_like(parameter)  # this process had nothing for it
-        if is_of_a_loss(name):
-            # Each process has computed the loss of the whole batch: its gradient is complete.
+        if name in of_losses and parameter.grad is not None:
+            # Complete as well, so that the sum would be too much.
             parameter.grad /= world_size()
-        tensors.append(parameter.grad)
+        elif name not in of_losses and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)  # this process had nothing for it
+        if parameter.grad is not None:
+            tensors.append(parameter.grad)
     processes.sum_over_processes(tensors)
-
-
-def is_of_a_loss(name: str) -> bool:
-    """Parameters of the losses, such as the temperature, are the model's own: without a dot."""
-    return "." not in name
 
 
 # ---- The loop
@@ -418,7 +430,8 @@ def is_of_a_loss(name: str) -> bool:
 def add_adapters(
     embedder: eval.Embedder, config: TrainConfig, checkpoint: Path | None = None
 ) -> None:
-    """Freeze the base model and add what learns, as new or as a checkpoint has it."""
+    """Make a base model ready to train: freeze it; add LoRA, soft prompts and the temperature, as
+    new or as a checkpoint has them; put the lean layers in. Changes the embedder's layout, too."""
     model = embedder.model
     image_prompt = embedder.layout.image_prompt
     text_prompt = embedder.layout.text_prompt
@@ -452,20 +465,18 @@ def add_adapters(
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW, with a peak learning rate for each kind of parameter."""
-    lora_parameters = []
-    loss_parameters = []
+    of_losses = lora.loss_parameters(model)
+    of_lora = []
     soft_prompts = []
     for name, parameter in trainable_parameters(model).items():
         if ".lora_" in name:
-            lora_parameters.append(parameter)
-        elif is_of_a_loss(name):
-            loss_parameters.append(parameter)
-        else:
+            of_lora.append(parameter)
+        elif name not in of_losses:
             soft_prompts.append(parameter)
     groups = [
-        {"params": lora_parameters, "peak_lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": of_lora, "peak_lr": config.lr, "weight_decay": config.weight_decay},
         {"params": soft_prompts, "peak_lr": config.soft_lr},
-        {"params": loss_parameters, "peak_lr": config.temperature_lr},
+        {"params": list(of_losses.values()), "peak_lr": config.temperature_lr},
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
@@ -538,12 +549,13 @@ def train(
     Raises InputError where training diverges, or too many records cannot be used."""
     model = embedder.model.train()
     model.language_model.checkpoint_layers = config.checkpoint_layers
-    learning = trainable_parameters(model)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed + rank())  # of dropout
     first_step = 0
     if checkpoint:
-        first_step = checkpoints.load(checkpoint, learning, optimizer)
+        first_step = checkpoints.load(
+            checkpoint, trainable_parameters(model), lora.loss_parameters(model), optimizer
+        )
     log = RunLog(out, first_step)
     batches = make_batches(embedder, config, dataset, first_step)
     bar = tqdm(batches, "training", config.steps, initial=first_step, unit="step")
@@ -593,11 +605,21 @@ def train(
 def save(embedder, optimizer, step: int, config: TrainConfig, out: Path) -> None:
     """Write checkpoints/step-N into the run folder."""
 
-    def write_adapter(folder: Path) -> None:
-        lora.save_adapter(embedder.model, folder, embedder.notes)
+    model = embedder.model
 
-    learning = trainable_parameters(embedder.model)
-    checkpoints.save(out, step, learning, optimizer, write_adapter, config.seed, config.keep)
+    def write_adapter(folder: Path) -> None:
+        lora.save_adapter(model, folder, embedder.notes)
+
+    checkpoints.save(
+        out,
+        step,
+        trainable_parameters(model),
+        lora.loss_parameters(model),
+        optimizer,
+        write_adapter,
+        config.seed,
+        config.keep,
+    )
 
 
 def records_of(step: int, config: TrainConfig, dataset) -> list[int]:
@@ -684,8 +706,9 @@ def job(config: TrainConfig) -> None:
         eval.print_table({"untrained": eval.summary(before["tables"])})
     print_sizes(config, embedder, dataset, data_path)
 
-    # Only when all of this has worked may the folder change.
-    everyone(len(data.ResumableSampler(dataset.units, config.batch_size, 1)))
+    # Only when all of this has worked, in every process, may the folder change.
+    data.check_batch_size(len(dataset), config.batch_size)
+    processes.wait_for_all()
     results = {"before": before["tables"], "seed": config.seed, "untrained": before}
     if rank() == 0:
         checkpoints.start_run_folder(out, dataclasses.asdict(config), goes_on=checkpoint)
@@ -710,7 +733,7 @@ def draw_toy_world() -> tuple[str, str, object]:
 
     if rank() == 0:  # draws it for all, where it is missing
         world.build(TOY)
-    everyone("drawn")
+    processes.wait_for_all()
     return str(TOY / "train.jsonl"), str(TOY / "test" / "tests.json"), world.score_captions
 
 

@@ -39,6 +39,10 @@ def numbers_a_layer(text, config, is_cpu: bool, itemsize: int) -> float:
     # The inputs of both norms; queries and what attention returned; keys and values; gate and up.
     numbers = 2 * D + 2 * queries + 2 * keys + 2 * hidden
     numbers += 7 * config.lora_rank  # A x of the seven LoRAs
+    if not config.fast:
+        numbers += hidden  # silu(gate), which the lean layers make again
+    if not config.fast and config.lora_rank and not config.lora_dropout:
+        numbers += 2 * D + hidden  # what went into LoRA: the norms' outputs, silu(gate) * up
     if config.lora_rank and config.lora_dropout:
         # What went into each LoRA, and a mask: of bytes on a GPU, of whole numbers on a CPU.
         inputs = 5 * D + queries + hidden

@@ -66,6 +66,11 @@ def everyone(message) -> list:
     return messages
 
 
+def wait_for_all() -> None:
+    """Come back when every process has come here."""
+    everyone(None)
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """The rows (b, D) of all processes, in order of rank, (B, D). Ranks may bring different b.
 

@@ -341,6 +341,8 @@ def saved_bytes(function, model):
         {"caption_share": 1.0},
         {"caption_share": 1.0, "lora_dropout": 0.1},
         {"micro_batch": 6, "gradient_cache": True, "caption_share": 1.0},
+        {"fast": False, "caption_share": 1.0},
+        {"fast": False, "caption_share": 1.0, "lora_dropout": 0.1},
     ],
     ids=str,
 )
