@@ -93,8 +93,8 @@ class Llava:  # what we are given: a picture becomes tokens, and a language mode
         """LLaMA: embeddings, B times (t, D) -> states (B, T, D), each of all that was read yet."""
         x = pad_sequence(rows, batch_first=True)  # behind the words, where none of them looks
         config = self.config["text_config"]
-        speeds = config["rope_theta"] ** -torch.arange(0, 1, 2 / config["head_dim"])
-        turn = torch.exp(1j * torch.arange(x.shape[1])[:, None] * speeds)  # (T, D / H / 2)
+        slowness = config["rope_theta"] ** torch.arange(0, 1, 2 / config["head_dim"])
+        turn = torch.exp(1j * (torch.arange(x.shape[1])[:, None] / slowness))  # (T, D / H / 2)
         for layer in range(config["num_hidden_layers"]):
             name = f"language_model.model.layers.{layer}."
             h = self.norm(x, name + "input_layernorm")
