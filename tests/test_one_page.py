@@ -75,6 +75,13 @@ def ours_by_page_name(model) -> dict[str, torch.nn.Parameter]:
     return found
 
 
+def in_double_precision(page, model) -> None:
+    model.double()
+    for tensors in (page.frozen, page.learned):
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
 def test_it_is_one_page_and_imports_nothing_of_ours():
     text = PAGE.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
@@ -86,6 +93,7 @@ def test_it_is_one_page_and_imports_nothing_of_ours():
 
 def test_losses_and_gradients_are_those_of_the_training_step(both, small_world, records):
     page, embedder = both
+    in_double_precision(page, embedder.model)  # so that rounding cannot hide a difference
     config = train.TrainConfig(fast=False, caption_share=1.0)
     dataset = data.CaptionDataset(
         small_world / "train.jsonl", embedder.layout, embedder.processor, small_world
@@ -96,6 +104,7 @@ def test_losses_and_gradients_are_those_of_the_training_step(both, small_world, 
     result = train.training_step(embedder.model, batch, config)
 
     pixels, short, long = zip(*[one_page.read_record(small_world, each) for each in records])
+    pixels = [picture.double() for picture in pixels]
     contrastive, autoregressive = one_page.losses(page, pixels, short, long)
     (contrastive + autoregressive).backward()
 
@@ -143,13 +152,8 @@ def test_recall_and_the_caption_are_those_of_eval(page, toy, small_world):
     table = eval.recall_at_k(scores, torch.arange(len(pictures)))
     assert f"text to image {table['t2i_r1']:.1f}%" in said
     assert f"image to text {table['i2t_r1']:.1f}%" in said
-    written = said.splitlines()[1].removesuffix("</s>")
-    assert (
-        written.split()
-        == toy.tokenizer.decode(toy.tokenizer.encode(eval.caption(toy, pictures[:1])[0]))
-        .replace(".", " .")
-        .split()
-    )
+    written = page.encode(said.splitlines()[1].removesuffix("</s>"))
+    assert written.tolist() == toy.tokenizer.encode(eval.caption(toy, pictures[:1])[0])
 
 
 def test_words_are_tokenized_as_by_the_tokenizer(page, toy, small_world):
@@ -188,7 +192,7 @@ def test_it_runs_and_prints_before_and_after(small_world):
     lines = run.stdout.splitlines()
     assert lines[0].startswith("before text to image ")
     assert lines[-2].startswith("after  text to image ")
-    assert lines[1].strip().startswith("there are")
+    assert lines[1].endswith("</s>")
     losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
     assert len(losses) == 2
     assert losses[1] < losses[0]

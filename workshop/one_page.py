@@ -28,7 +28,7 @@ TEXT_PROMPT = "\nSummarize the provided text in one word: ASSISTANT:"
 DESCRIBE = "\nDescribe the image in detail. ASSISTANT:"
 
 
-class Llava:  # what we are given: a picture becomes tokens, and a language model reads on
+class Llava:  # what we start from: pictures become tokens, and a language model reads them
     def __init__(self, folder):
         self.frozen = load_file(folder / "model.safetensors")  # by name; none will ever change
         self.learned = {}  # by name, what fine-tuning adds: nothing yet
@@ -47,7 +47,7 @@ class Llava:  # what we are given: a picture becomes tokens, and a language mode
         return self.learned.get(text, table[self.encode(text)])
 
     def linear(self, x, name):
-        """W x + b, and where there is LoRA + B A x: a narrow path beside W, which learns for it."""
+        """W x + b; where there is LoRA, + B A x: a narrow path beside W, to learn for it."""
         y = F.linear(x, self.frozen[name + ".weight"], self.frozen.get(name + ".bias"))
         if name + ".A" in self.learned:
             y = y + x @ self.learned[name + ".A"].T @ self.learned[name + ".B"].T
@@ -90,8 +90,8 @@ class Llava:  # what we are given: a picture becomes tokens, and a language mode
         return self.linear(F.gelu(h), "multi_modal_projector.linear_2")
 
     def read(self, rows):
-        """LLaMA: embeddings, B times (t, D) -> states (B, T, D), each of all that was read yet."""
-        x = pad_sequence(rows, batch_first=True)  # behind the words, where none of them looks
+        """LLaMA: embeddings, B times (t, D) -> states (B, T, D); each saw all in front of it."""
+        x = pad_sequence(rows, batch_first=True)  # padding stands behind, where no word looks
         config = self.config["text_config"]
         slowness = config["rope_theta"] ** torch.arange(0, 1, 2 / config["head_dim"])
         turn = torch.exp(1j * (torch.arange(x.shape[1])[:, None] / slowness))  # (T, D / H / 2)
@@ -122,11 +122,11 @@ class Llava:  # what we are given: a picture becomes tokens, and a language mode
 
 
 def add_adapters(model, rank=16):
-    """All that will learn. B is zero, and soft prompts are still words: nothing changes yet."""
+    """All that will learn. B is 0, soft prompts are words yet: the model is still what it was."""
     for name, weight in model.frozen.items():
         if re.search(r"language_model.*_proj\.weight", name):
-            model.learned[name[:-6] + "A"] = 0.05 * torch.randn(rank, weight.shape[1])
-            model.learned[name[:-6] + "B"] = torch.zeros(len(weight), rank)
+            model.learned[name.replace("weight", "A")] = 0.05 * torch.randn(rank, weight.shape[1])
+            model.learned[name.replace("weight", "B")] = torch.zeros(len(weight), rank)
     model.learned[IMAGE_PROMPT] = model.embed(IMAGE_PROMPT)
     model.learned[TEXT_PROMPT] = model.embed(TEXT_PROMPT)
     model.learned["log_scale"] = torch.tensor(1 / 0.07).log()  # of the similarities, as in CLIP
@@ -186,7 +186,7 @@ if __name__ == "__main__":
     pixels, short, _ = zip(*[read_record(args.data, record) for record in test[:500]])
     print("before", measure(model, pixels, short))
     add_adapters(model)
-    optimizer = torch.optim.AdamW(model.learned.values(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.learned.values(), weight_decay=0.0)  # as in the paper
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, args.steps, pct_start=0.1)
     for step in range(args.steps):
         batch = [read_record(args.data, train[i], step) for i in torch.randperm(len(train))[:48]]
