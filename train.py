@@ -567,24 +567,15 @@ def train(
                 memory.report(memory.estimate(config, model, batch), free)
 
             losses = training_step(model, batch, config)
-            norm = update(model, optimizer, step, config)
+            norm = update(model, optimizer, step, config)  # changes nothing if not finite
             if not math.isfinite(losses["loss"] + norm):
-                records = records_of(step, config, dataset)
-                raise InputError(
-                    f"loss {losses['loss']}, gradient {norm} in step {step}, of the records "
-                    f"{records}; last good checkpoint: {checkpoints.newest(out)}; "
-                    "perhaps lower the learning rates"
-                )
+                raise diverged(step, losses["loss"], norm, config, dataset, out)
 
             line = log_line(step, batch, losses, norm, model, config)
             log.write(line)
-            bar.set_postfix_str(
-                f"loss {line['contrastive']:.3f} (chance {line['chance']:.2f}) "
-                f"+ {line['autoregressive']:.3f}, temperature {line['temperature']:.3f}, "
-                f"{line['pairs_per_second']:.0f} pairs/s",
-                refresh=False,
-            )
+            bar.set_postfix_str(in_short(line), refresh=False)
             done = step + 1
+            # A few unreadable files are life; more are a wrong --image_root.
             if len(log.skipped) > max(10, 0.01 * done * config.batch_size):
                 number = len(log.skipped)
                 last = log.skipped[-1]
@@ -622,11 +613,16 @@ def save(embedder, optimizer, step: int, config: TrainConfig, out: Path) -> None
     )
 
 
-def records_of(step: int, config: TrainConfig, dataset) -> list[int]:
-    """The records of the whole batch of a step, to find what went wrong."""
+def diverged(step: int, loss: float, norm: float, config, dataset, out: Path) -> InputError:
+    """What to say of a loss or gradient that is not finite: where, of what, and what is left."""
+    # The batch of a step can be drawn again at any time, here the whole of it.
     units = dataset.units if config.groups else range(len(dataset))
     sampler = data.ResumableSampler(units, config.batch_size, config.steps, config.seed, step)
-    return sorted(record for record, _ in next(iter(sampler)))
+    records = sorted(record for record, _ in next(iter(sampler)))
+    return InputError(
+        f"loss {loss}, gradient {norm} in step {step}, of the records {records}; "
+        f"last good checkpoint: {checkpoints.newest(out)}; perhaps lower the learning rates"
+    )
 
 
 def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) -> dict:
@@ -644,6 +640,14 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
         line["tokens"] += process_tokens
         line["skipped"] += process_skipped
     return line
+
+
+def in_short(line: dict) -> str:
+    """A line of the log for the progress bar."""
+    loss = f"loss {line['contrastive']:.3f} (chance {line['chance']:.2f})"
+    loss += f" + {line['autoregressive']:.3f}"
+    speed = f"{line['pairs_per_second']:.0f} pairs/s"
+    return f"{loss}, temperature {line['temperature']:.3f}, {speed}"
 
 
 def say_how_to_go_on(stopped: int, done: int, out: Path) -> None:
@@ -674,15 +678,11 @@ def job(config: TrainConfig) -> None:
 
     out = Path(config.out)
     checkpoints.check_run_folder(out)
-    checkpoint = checkpoints.newest(out) if config.resume else None
-    names = everyone(checkpoint.name if checkpoint else None)
-    if len(set(names)) > 1:
-        raise InputError(
-            f"--resume: not every process finds the same checkpoint in {out}; "
-            "it must be a shared folder"
-        )
+    checkpoint = find_checkpoint(out) if config.resume else None
 
-    data_path, tests, score = config.data, config.tests, None
+    data_path = config.data
+    tests = config.tests
+    score = None
     if not data_path:
         data_path, toy_tests, score = draw_toy_world()
         tests = tests or toy_tests
@@ -695,11 +695,8 @@ def job(config: TrainConfig) -> None:
     embedder = load_and_adapt(config, device, dtype, checkpoint)
 
     # The base model first: with adapters off it is what it was, to the last bit.
-    results = {}
-    if checkpoint and (out / "results.json").exists():
-        results = read_json(out / "results.json")
-    before = results.get("untrained")
-    if not isinstance(before, dict):
+    before = measured_before(out) if checkpoint else None
+    if before is None:
         with lora.adapters_disabled(embedder.model):
             before = measure(embedder, tests, score)
     if before["tables"]:
@@ -725,6 +722,27 @@ def job(config: TrainConfig) -> None:
     print(f"{results['seconds']:.0f} s. The run is in {out}. Next, for example:")
     print(f"  python eval.py caption {before['picture'] or 'IMAGE'} --model {out}")
     print("  python train.py --help")
+
+
+def find_checkpoint(out: Path) -> Path | None:
+    """The checkpoint to go on from, None before the first. Raises InputError."""
+    checkpoint = checkpoints.newest(out)
+    names = everyone(checkpoint.name if checkpoint else None)
+    if len(set(names)) > 1:
+        raise InputError(
+            f"--resume: not every process finds the same checkpoint in {out}; "
+            "it must be a shared folder"
+        )
+    return checkpoint
+
+
+def measured_before(out: Path) -> dict | None:
+    """What an earlier process has measured of the untrained model, if it has."""
+    path = out / "results.json"
+    if not path.exists():
+        return None
+    before = read_json(path).get("untrained")
+    return before if isinstance(before, dict) else None
 
 
 def draw_toy_world() -> tuple[str, str, object]:
@@ -825,6 +843,8 @@ def report(before: dict, after: dict, out: Path) -> None:
             name: value - rows["untrained"][name] for name, value in rows["trained"].items()
         }
         eval.print_table(rows | eval.paper_rows())
+        for line in in_words(rows["difference"]):
+            print(line)
     if not before["picture"]:
         return
     rows = []
@@ -836,6 +856,28 @@ def report(before: dict, after: dict, out: Path) -> None:
     print(f"{before['picture']}")
     print(f"  before: {before['caption']}")
     print(f"  after:  {after['caption']}")
+
+
+def in_words(difference: dict[str, float]) -> list[str]:
+    """What became better, what worse, and what the paper's full recipe did to its own model."""
+    better = []
+    worse = []
+    for name, change in difference.items():
+        if change >= 0.05:  # what the table shows as a change
+            better.append(f"{name} {change:+.1f}")
+        elif change <= -0.05:
+            worse.append(f"{name} {change:+.1f}")
+    lines = [
+        f"Better: {', '.join(better) or 'nothing'}.",
+        f"Worse: {', '.join(worse) or 'nothing'}.",
+    ]
+    rows = list(eval.paper_rows().values())
+    untrained = rows[0]
+    full = rows[-1]
+    changes = [f"{name} {full[name] - untrained[name]:+.1f}" for name in full if name in difference]
+    if changes:
+        lines.append(f"The paper's full recipe, on LLaVA-1.5-7B: {', '.join(changes)}.")
+    return lines
 
 
 def opened(row: list) -> list:
