@@ -398,7 +398,8 @@ def fingerprint(embedder: Embedder) -> str:
         layout.tokenizer.tokenizer.to_str(),
     ]
     tensors = model.state_dict()
-    tensors.pop("log_scale", None)  # the loss's temperature is in no embedding
+    # What a loss learns, such as the temperature, is in no embedding: the names without a dot.
+    tensors = {name: tensor for name, tensor in tensors.items() if "." in name}
     return fingerprint_of(tensors, settings)
 
 

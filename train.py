@@ -64,7 +64,9 @@ class TrainConfig:
     model: str = setting("toy/tiny-llava", "folder of the LLaVA to fine-tune")
     data: str = setting("", "training data, JSON lines as in data.py (empty: the toy world)")
     image_root: str = setting("", "where the training pictures are (empty: beside the data)")
-    tests: str = setting("", "a tests.json: tables before and after, see eval.evaluate")
+    tests: str = setting(
+        "", "a tests.json, see eval.evaluate (none: no tables; the toy has its own)"
+    )
     out: str = setting("runs/toy", "run folder; a former run in it is replaced, nothing else")
 
     # The batch.
@@ -91,7 +93,9 @@ class TrainConfig:
     # The optimiser.
     lr: float = setting(4e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
     soft_lr: float = setting(4e-2, "peak learning rate of the soft prompts")
-    temperature_lr: float = setting(1e-2, "peak learning rate of the temperature")
+    temperature_lr: float = setting(
+        1e-2, "peak learning rate of the temperature (of all that losses learn)"
+    )
     weight_decay: float = setting(0.0, "of LoRA")
     warmup: int = setting(20, "steps up to the peak; a cosine down to 5 % of it follows")
     clip: float = setting(1.0, "largest norm of the gradient")
@@ -128,10 +132,8 @@ class TrainConfig:
             faults.append("temperature must be at least 0.01")
         if not self.clip > 0:
             faults.append("clip must be positive")
-        for name in (
-            *("lr", "soft_lr", "temperature_lr", "weight_decay"),
-            *("contrastive_weight", "autoregressive_weight"),
-        ):
+        weights = [f"{name}_weight" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
+        for name in ("lr", "soft_lr", "temperature_lr", "weight_decay", *weights):
             if not 0 <= getattr(self, name) < math.inf:
                 faults.append(f"{name} must lie in [0, inf)")
         for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed"):
@@ -140,8 +142,8 @@ class TrainConfig:
         for name in ("lora_rank", "workers"):
             if not 0 <= getattr(self, name) <= 4096:
                 faults.append(f"{name} must lie in [0, 4096]")
-        if self.contrastive_weight == 0 and self.autoregressive_weight == 0:
-            faults.append("one of the two losses needs a weight")
+        if not any(getattr(self, name) for name in weights):
+            faults.append("one of the losses needs a weight")
         if not self.soft_prompts and self.lora_rank == 0:
             faults.append("without soft prompts and LoRA there is nothing to train")
         if self.int8 and self.shard:
@@ -464,15 +466,20 @@ def add_adapters(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, with a peak learning rate for each kind of parameter."""
+    """AdamW, with a peak learning rate for each kind of parameter. Raises InputError."""
     of_losses = lora.loss_parameters(model)
     of_lora = []
     soft_prompts = []
     for name, parameter in trainable_parameters(model).items():
         if ".lora_" in name:
             of_lora.append(parameter)
-        elif name not in of_losses:
+        elif name.startswith("language_model.embed_tokens."):
             soft_prompts.append(parameter)
+        elif name not in of_losses:  # no file of a checkpoint would hold it
+            raise InputError(
+                f"{name} trains, but is of no LoRA and no soft prompt; a parameter of a loss "
+                "must be the model's own, as lora.add_temperature adds one"
+            )
     groups = [
         {"params": of_lora, "peak_lr": config.lr, "weight_decay": config.weight_decay},
         {"params": soft_prompts, "peak_lr": config.soft_lr},
@@ -517,7 +524,7 @@ def make_batches(embedder, config: TrainConfig, dataset, first_step: int) -> Dat
     )
     # GPUs like few and round lengths.
     multiple = 32 if embedder.model.device.type == "cuda" else 1
-    caption_share = config.caption_share if config.autoregressive_weight else 0.0
+    caption_share = config.caption_share if weights_of(CAPTION_LOSSES, config) else 0.0
 
     collate = partial(
         data.collate,
@@ -567,9 +574,11 @@ def train(
                 memory.report(memory.estimate(config, model, batch), free)
 
             losses = training_step(model, batch, config)
+            if step == first_step:
+                say_what_no_loss_reaches(model)
             norm = update(model, optimizer, step, config)  # changes nothing if not finite
             if not math.isfinite(losses["loss"] + norm):
-                raise diverged(step, losses["loss"], norm, config, dataset, out)
+                raise diverged(step, losses, norm, config, dataset, out)
 
             line = log_line(step, batch, losses, norm, model, config)
             log.write(line)
@@ -613,14 +622,23 @@ def save(embedder, optimizer, step: int, config: TrainConfig, out: Path) -> None
     )
 
 
-def diverged(step: int, loss: float, norm: float, config, dataset, out: Path) -> InputError:
+def say_what_no_loss_reaches(model: nn.Module) -> None:
+    """Parameters without a gradient after the first step: switched off, or forgotten in a loss."""
+    names = [name for name, p in trainable_parameters(model).items() if p.grad is None]
+    if names:
+        tqdm.write(f"no loss reaches {', '.join(names[:5])}; it stays as it is")
+
+
+def diverged(step: int, losses: dict, norm: float, config, dataset, out: Path) -> InputError:
     """What to say of a loss or gradient that is not finite: where, of what, and what is left."""
     # The batch of a step can be drawn again at any time, here the whole of it.
     units = dataset.units if config.groups else range(len(dataset))
     sampler = data.ResumableSampler(units, config.batch_size, config.steps, config.seed, step)
     records = sorted(record for record, _ in next(iter(sampler)))
+    names = ("loss", *EMBEDDING_LOSSES, *CAPTION_LOSSES)
+    of_losses = ", ".join(f"{name} {losses[name]}" for name in names)
     return InputError(
-        f"loss {loss}, gradient {norm} in step {step}, of the records {records}; "
+        f"{of_losses}, gradient {norm} in step {step}, of the records {records}; "
         f"last good checkpoint: {checkpoints.newest(out)}; perhaps lower the learning rates"
     )
 
@@ -633,6 +651,9 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
     line["gradient_norm"] = norm
     line["lr"] = learning_rate_factor(step, config) * config.lr
     line["temperature"] = math.exp(-model.log_scale.item())
+    for name, parameter in lora.loss_parameters(model).items():
+        if name != "log_scale" and parameter.numel() == 1:
+            line[name] = parameter.item()
     line["memory"], _ = memory.held_and_free(model.device)
     line["tokens"] = 0
     line["skipped"] = []
@@ -644,10 +665,10 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
 
 def in_short(line: dict) -> str:
     """A line of the log for the progress bar."""
-    loss = f"loss {line['contrastive']:.3f} (chance {line['chance']:.2f})"
-    loss += f" + {line['autoregressive']:.3f}"
+    losses = [f"{name} {line[name]:.3f}" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
+    chance = f"chance {line['chance']:.2f}"  # of the contrastive loss, the first one
     speed = f"{line['pairs_per_second']:.0f} pairs/s"
-    return f"{loss}, temperature {line['temperature']:.3f}, {speed}"
+    return f"{', '.join(losses)} ({chance}), temperature {line['temperature']:.3f}, {speed}"
 
 
 def say_how_to_go_on(stopped: int, done: int, out: Path) -> None:
@@ -686,6 +707,8 @@ def job(config: TrainConfig) -> None:
     if not data_path:
         data_path, toy_tests, score = draw_toy_world()
         tests = tests or toy_tests
+    if tests == "none":
+        tests = ""
     _, _, layout, processor = eval.read_folder(
         config.model, config.image_prompt, config.text_prompt
     )
@@ -899,7 +922,7 @@ def settings(given: dict) -> TrainConfig:
     given = dict(given)
     for name in ("model", "data", "image_root", "tests"):
         # A run must find its files from any folder. The default model is looked for in ours.
-        if given.get(name) and given[name] != TrainConfig.model:
+        if given.get(name) and given[name] not in (TrainConfig.model, "none"):
             given[name] = str(Path(given[name]).resolve())
     if not given.get("resume"):
         return TrainConfig(**given)
@@ -916,6 +939,9 @@ def settings(given: dict) -> TrainConfig:
             faults.append(f"{path} has {name} = {value!r}, which is not a setting")
         elif name in given and name not in MAY_CHANGE and given[name] != value:
             faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
+    for name in types.keys() - saved.keys():
+        # What its default does now, that run did not do.
+        faults.append(f"{path} lacks {name}, which this version of train.py has; set it there")
     if faults:
         found = "; ".join(faults)
         raise InputError(f"--resume: {found}; leave these flags out, or choose another --out")
