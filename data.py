@@ -46,7 +46,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from formats.files import InputError, inside, read_json
+from formats.files import InputError, inside, read_json, without_surrogates
 from losses import IGNORE
 
 # The paper's hand-written prompts. Soft prompts begin as these.
@@ -127,11 +127,6 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, special tokens left out."""
         return self.tokenizer.decode(ids).strip()
-
-
-def without_surrogates(text: str) -> str:
-    """Lone surrogates are legal in JSON but not in UTF-8. They become question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 # ---- Layout
