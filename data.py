@@ -46,6 +46,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from formats.captions import LIST_AS_TEXT, PLACEHOLDER, fault_of_caption
 from formats.files import InputError, inside, read_json, without_surrogates
 from losses import IGNORE
 
@@ -298,14 +299,47 @@ def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.I
         limit = Image.MAX_IMAGE_PIXELS
         raise InputError(f"{name}: more than {limit} pixels; scale the image down") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not a JPEG, PNG, WebP, GIF or BMP image") from None
+        found = what_picture_it_may_be(path, part)
+        raise InputError(f"{name}: not a JPEG, PNG, WebP, GIF or BMP image{found}") from None
     # Whatever Pillow's decoders find: truncated data, bad checksums, broken headers.
     except Exception as error:
+        if "MAX_TEXT" in str(error):  # its limit for what compressed texts unpack to
+            found = "the picture's metadata unpack to more than Pillow allows"
+            advice = "it may be whole: save it again without metadata"
+            raise InputError(f"{name}: {found}; {advice}") from None
         raise InputError(f"{name}: the image is damaged ({error})") from None
     # Resizing its short side to a model's input would take gigabytes.
     if max(rgb.size) > 200 * min(rgb.size):
         raise InputError(f"{name}: {rgb.width} x {rgb.height} pixels are too long for an image")
     return rgb
+
+
+# How files begin that are taken for pictures, or are pictures of another kind.
+OTHER_KINDS = {
+    b"version https": "a Git LFS pointer: run `git lfs pull`",
+    b"<": "an SVG or a web page: a failed download?",
+    b"{": "JSON: a failed download?",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"%PDF": "a PDF",
+    b"\0\5\x16\7": "what a Mac keeps beside a file",
+}
+BRANDS = {b"avif": "an AVIF", b"heic": "a HEIC", b"heix": "a HEIC", b"mif1": "a HEIC"}
+
+
+def what_picture_it_may_be(path: str | Path, part: tuple[int, int] | None) -> str:
+    """What a file that is no picture for us often turns out to be, for the end of a message."""
+    head = read_part(path, part or (0, 16)).read(16)
+    kind = "empty" if not head else None
+    for beginning, name in OTHER_KINDS.items():
+        if head.startswith(beginning):
+            kind = name
+    if head[4:8] == b"ftyp":
+        kind = BRANDS.get(head[8:12], kind)
+    if kind is None:
+        return ""
+    advice = "; save it as JPEG" if kind.split()[-1] in ("TIFF", "AVIF", "HEIC", "PDF") else ""
+    return f" (it is {kind}{advice})"
 
 
 def read_part(path: str | Path, part: tuple[int, int]) -> io.BytesIO:
@@ -538,7 +572,8 @@ class CaptionDataset(Dataset):
             commonest = self.faults.most_common(5)
             counts = "; ".join(f"{count} x {reason}" for reason, count in commonest)
             share = f"{faulty} of {faulty + usable} lines cannot be used"
-            raise InputError(f"{self.path}: {share}, {first_fault} ({counts})")
+            advice = "other people's files: python -m examples.convert makes them such lines"
+            raise InputError(f"{self.path}: {share}, {first_fault} ({counts}); {advice}")
 
     def lines(self) -> Iterator[bytes]:
         try:
@@ -614,11 +649,19 @@ def parse_record(line: bytes) -> dict:
             raise InputError(f'"{key}" is not a list of captions')
     if not any(text.strip() for text in captions_of(record)):
         raise InputError("no caption")
+    if any(is_no_caption(text) for text in captions_of(record)):
+        raise InputError('a caption is a placeholder, such as "nan", or a list as text')
     if "part" in record and not is_part(record["part"]):
         raise InputError('"part" is not [offset, bytes]')
     if not isinstance(record.get("group"), str | int | None):
         raise InputError('"group" is neither a string nor a number')
     return record
+
+
+def is_no_caption(text: str) -> bool:
+    """Is a text that is not blank what a program wrote in place of captions?"""
+    is_placeholder = fault_of_caption(text) == PLACEHOLDER
+    return is_placeholder or LIST_AS_TEXT.fullmatch(text) is not None
 
 
 def captions_of(record: dict) -> list[str]:

@@ -261,27 +261,28 @@ def clean(values) -> Captions:
 
 def leaves(value) -> Iterator:
     """What stands in lists inside of lists; a text that is a list is one too."""
-    items = [value]
     if isinstance(value, list):
-        items = value
+        for item in value:
+            yield from leaves(item)
     elif isinstance(value, str) and LIST_AS_TEXT.fullmatch(value):
-        # Of Python, JSON and NumPy, which puts no commas between: ['one' 'two'].
-        items = [ast.literal_eval(text) for text in QUOTED.findall(value)]
+        # What is quoted in there is a text, whatever it looks like.
+        yield from (unquoted(item) for item in LIST_ITEM.findall(value))
     else:
         yield value
-        return
-    for item in items:
-        # A quoted text is a text, whatever is in it.
-        if isinstance(item, list) or isinstance(value, list):
-            yield from leaves(item)
-        else:
-            yield item
 
 
-QUOTED = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
+# What Python, JSON or NumPy, which puts no commas between, print of a list: ['one', "two"], [nan]
+LIST_ITEM = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|None|null|nan""")
 LIST_AS_TEXT = re.compile(
-    rf"\s*[\[(]\s*(?:{QUOTED.pattern})(?:[,\s]+(?:{QUOTED.pattern}))*,?\s*[\])]\s*"
+    rf"\s*[\[(]\s*(?:(?:{LIST_ITEM.pattern})(?:[,\s]+(?:{LIST_ITEM.pattern}))*)?,?\s*[\])]\s*"
 )
+
+
+def unquoted(item: str) -> str | None:
+    try:
+        return ast.literal_eval(item)
+    except (ValueError, SyntaxError):  # null, nan, and escapes that Python does not know
+        return item[1:-1] if item[0] in "'\"" else None
 
 
 def fault_of_caption(value) -> str | None:
@@ -294,7 +295,7 @@ def fault_of_caption(value) -> str | None:
         return NO_TEXT
     if not value.strip():
         return BLANK
-    if value.strip().lower() in PLACEHOLDERS:
+    if value.strip() in ("[]", "()") or value.strip().lower() in PLACEHOLDERS:
         return PLACEHOLDER
     return None
 
