@@ -47,7 +47,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from formats.captions import LIST_AS_TEXT, PLACEHOLDER, fault_of_caption
-from formats.files import InputError, inside, read_json, without_surrogates
+from formats.files import InputError, inside, read_json, what_it_may_be, without_surrogates
 from losses import IGNORE
 
 # The paper's hand-written prompts. Soft prompts begin as these.
@@ -74,6 +74,9 @@ class TextTokenizer:
 
     def __init__(self, folder: str | Path):
         path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            advice = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
+            raise InputError(f"{path}: no such file; transformers' {advice}")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
             # A file may have been saved with either; we want a text's own ids, all of them.
@@ -87,8 +90,8 @@ class TextTokenizer:
             raise
         # The library raises bare Exceptions, and Rust panics, which are not even that.
         except BaseException as error:
-            hint = "perhaps a Git LFS pointer or a web page"
-            raise InputError(f"{path}: not a tokenizer, {hint} ({error})") from None
+            hint = what_it_may_be(path)
+            raise InputError(f"{path}: not a tokenizer ({error}); {hint}") from None
 
         self.special_ids = {}  # from a special token's string to its id
         for index, token in self.tokenizer.get_added_tokens_decoder().items():
