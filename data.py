@@ -29,6 +29,7 @@ skipped in silence.
 Axes: b sequences of one chunk, T tokens.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -540,17 +541,20 @@ class CaptionDataset(Dataset):
         self.contrast = contrast
         self.units: list[int] = []  # a number a record, the same for those that stay neighbours
         self.faults = Counter()  # how many lines were left out, by the reason
+        self.digest = ""  # of the whole file
         self.offsets = self.index_lines()  # (records,) int64: the byte where each line begins
 
     def index_lines(self) -> np.ndarray:
-        """Read the file once. Fills `units` and `faults`, returns the offsets of usable lines."""
+        """Read the file once. Fills `units`, `faults` and `digest`, returns the offsets of usable lines."""
         offsets = []
+        digest = hashlib.sha256()
         unit_of_group = {}
         first_fault = ""
         end = 0
         for number, line in enumerate(self.lines(), start=1):
             begin = end
             end += len(line)
+            digest.update(line)
             if not line.strip():
                 continue
             try:
@@ -564,7 +568,22 @@ class CaptionDataset(Dataset):
             self.units.append(unit)
             offsets.append(begin)
         self.refuse_faulty_file(len(offsets), first_fault)
+        self.digest = digest.hexdigest()
         return np.array(offsets, np.int64)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells whether this is the data that it was: of the lines, and of some pictures.
+
+        Of at most 256 pictures, from the first to the last, the sizes in bytes are taken."""
+        digest = hashlib.sha256(f"{len(self)} pictures".encode())
+        step = max(1, len(self) // 256)
+        for index in range(0, len(self), step):
+            try:
+                size = inside(self.root, self.record(index)["image"]).stat().st_size
+            except (InputError, OSError):
+                size = -1
+            digest.update(f" {size}".encode())
+        return {"lines": self.digest, "pictures": digest.hexdigest()}
 
     def refuse_faulty_file(self, usable: int, first_fault: str) -> None:
         """A few faulty lines are left out and told. Many mean that it is the wrong file."""
