@@ -545,7 +545,7 @@ class CaptionDataset(Dataset):
         self.offsets = self.index_lines()  # (records,) int64: the byte where each line begins
 
     def index_lines(self) -> np.ndarray:
-        """Read the file once. Fills `units`, `faults` and `digest`, returns the offsets of usable lines."""
+        """Read the file once: fills units, faults and digest, returns where usable lines begin."""
         offsets = []
         digest = hashlib.sha256()
         unit_of_group = {}

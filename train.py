@@ -875,7 +875,17 @@ def opened(row: list) -> list:
 # ---- The command
 
 # What may change when a run goes on: the rest decides which numbers come out.
-MAY_CHANGE = {"out", "resume", "steps", "device", "workers", "save_every", "keep", "shard"}
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "steps",
+    "device",
+    "workers",
+    "save_every",
+    "keep",
+    "shard",
+    "changed_data",
+}
 # Exact but for rounding and dropout masks.
 MAY_CHANGE |= {"micro_batch", "gradient_cache", "checkpoint_layers", "fast"}
 

@@ -59,7 +59,8 @@ def describe(embedder: Embedder, args: argparse.Namespace) -> None:
                 lines.append(record)
             file.flush()
     tell(args.images, left_out)
-    look(lines[:LOOK], args)
+    if not args.all:
+        look(lines[:LOOK], args)
     if len(wanted) < len(names):
         print("Where these captions are good, the same command with --all describes the rest.")
     else:

@@ -266,7 +266,10 @@ def leaves(value) -> Iterator:
             yield from leaves(item)
     elif isinstance(value, str) and LIST_AS_TEXT.fullmatch(value):
         # What is quoted in there is a text, whatever it looks like.
-        yield from (unquoted(item) for item in LIST_ITEM.findall(value))
+        items = LIST_ITEM.findall(value)
+        yield from (unquoted(item) for item in items)
+        if not items:
+            yield value
     else:
         yield value
 
@@ -295,7 +298,7 @@ def fault_of_caption(value) -> str | None:
         return NO_TEXT
     if not value.strip():
         return BLANK
-    if value.strip() in ("[]", "()") or value.strip().lower() in PLACEHOLDERS:
+    if value.strip().lower() in PLACEHOLDERS or LIST_AS_TEXT.fullmatch(value):
         return PLACEHOLDER
     return None
 
@@ -757,8 +760,9 @@ class ShardMembers:
         elif ending in PICTURE_ENDINGS:
             self.pictures[stem].append([member.offset_data, member.size])
         elif ending not in (*CAPTION_ENDINGS, ".json"):
-            known = ending if len(ending) <= 8 and "/" not in ending else "other endings"
-            left_out.add(f"members ending in {known}, which are not read", place)
+            name = member.name.rpartition("/")[2]
+            kind = f"ending in {ending}" if "." in name else "without an ending"
+            left_out.add(f"members {kind}, which are not read", place)
         elif member.size >= MEGABYTE:
             # No captions, and they could fill the memory.
             left_out.add("members that are texts of more than a megabyte", place)
