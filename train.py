@@ -1,8 +1,7 @@
 """Fine-tune a LLaVA into an embedding model that still captions: VladVA (arXiv 2412.04378).
 
     python train.py                                the toy job: no network, no GPU, a few minutes
-    python train.py --model llava-1.5-7b-hf --data captions.jsonl --out runs/mine \\
-        --lr 1e-4 --soft_lr 1e-3 --caption_share 1 --batch_size 16
+    python train.py --model llava-1.5-7b-hf --data captions.jsonl --out runs/mine --batch_size 16
     torchrun --nproc_per_node=8 train.py ...       the same batches on eight GPUs
     python train.py --resume --out runs/mine       go on, as if nothing had happened
     python train.py --help                         every setting, with its default
@@ -50,6 +49,7 @@ from runtime import checkpoints, memory, processes, signals
 from runtime.gallery import gallery
 from runtime.log import RunLog
 from runtime.processes import everyone, gather_rows, rank, world_size
+from runtime.terminal import print_any_text
 
 
 def setting(default, help: str):
@@ -114,6 +114,7 @@ class TrainConfig:
     save_every: int = setting(0, "steps between checkpoints (0: only the last)")
     keep: int = setting(0, "newest checkpoints to keep (0: all)")
     resume: bool = setting(False, "go on with the run in --out; start it if there is none")
+    changed_data: bool = setting(False, "with --resume: go on though the data has changed")
 
     def check(self, device: torch.device) -> None:
         """Raise InputError for values that cannot work, all in one message."""
@@ -122,6 +123,9 @@ class TrainConfig:
             faults.append("steps and micro_batch must be at least 1")
         if self.batch_size < world_size():
             faults.append(f"batch_size must be at least {world_size()}, one for each process")
+        if self.batch_size == 1 and self.contrastive_weight > 0:
+            advice = "at least 2, or --contrastive_weight 0"
+            faults.append(f"a batch_size of 1 has no negatives to contrast with: {advice}")
         if not 0 <= self.caption_share <= 1:
             faults.append("caption_share must lie in [0, 1]")
         if not 0 <= self.lora_dropout < 1:
@@ -153,6 +157,23 @@ class TrainConfig:
             faults.append("lora_dropout and checkpoint_layers exclude each other on MPS")
         if faults:
             raise InputError("settings: " + "; ".join(faults))
+
+
+# What any other model than the toy starts with where no flag says otherwise: the paper's (of the
+# soft prompts' rate it says nothing). A model of billions of parameters would diverge, or forget,
+# at the toy's rates.
+PAPER = {"lr": 1e-4, "soft_lr": 1e-3, "caption_share": 1.0}
+
+
+def is_toy(model: str) -> bool:
+    """Whether a model is the one that is shipped, or was made beside it."""
+    folder = (eval.ROOT / model).resolve()
+    return folder.is_relative_to(eval.ROOT / "toy")
+
+
+def defaults(model: str) -> dict:
+    """The settings of a new run in which a model differs from the toy job."""
+    return {} if is_toy(model) else dict(PAPER)
 
 
 # ---- The losses, by name
@@ -563,6 +584,8 @@ def train(
         first_step = checkpoints.load(
             checkpoint, trainable_parameters(model), lora.loss_parameters(model), optimizer
         )
+    fingerprint = dataset.fingerprint()
+    without_negatives = 0  # batches in which nothing was contrasted
     log = RunLog(out, first_step)
     batches = make_batches(embedder, config, dataset, first_step)
     bar = tqdm(batches, "training", config.steps, initial=first_step, unit="step")
@@ -580,6 +603,7 @@ def train(
             if not math.isfinite(losses["loss"] + norm):
                 raise diverged(step, losses, norm, config, dataset, out)
 
+            without_negatives += losses["pairs"] < 2
             line = log_line(step, batch, losses, norm, model, config)
             log.write(line)
             bar.set_postfix_str(in_short(line), refresh=False)
@@ -593,17 +617,22 @@ def train(
             stopped = max(everyone(stop.received))  # a signal may have reached one process only
             is_due = config.save_every > 0 and done % config.save_every == 0
             if stopped or is_due or done == config.steps:
-                save(embedder, optimizer, done, config, out)
+                save(embedder, optimizer, done, config, out, fingerprint)
             if stopped:
                 say_how_to_go_on(stopped, done, out)
                 sys.exit(128 + stopped)
     model.eval()
     for reason in log.skipped:
         print(f"left out: {reason}")
+    if without_negatives and config.contrastive_weight > 0:
+        found = f"{without_negatives} of {config.steps - first_step} batches had fewer than 2 pairs"
+        print(f"{found} of a picture and a short caption: nothing was contrasted in them")
 
 
-def save(embedder, optimizer, step: int, config: TrainConfig, out: Path) -> None:
-    """Write checkpoints/step-N into the run folder."""
+def save(
+    embedder, optimizer, step: int, config: TrainConfig, out: Path, fingerprint: dict | None = None
+) -> None:
+    """Write checkpoints/step-N into the run folder. `fingerprint`: of the data."""
 
     model = embedder.model
 
@@ -617,7 +646,7 @@ def save(embedder, optimizer, step: int, config: TrainConfig, out: Path) -> None
         lora.loss_parameters(model),
         optimizer,
         write_adapter,
-        config.seed,
+        {"seed": config.seed, "data": fingerprint},
         config.keep,
     )
 
@@ -715,6 +744,8 @@ def job(config: TrainConfig) -> None:
     dataset = data.CaptionDataset(
         data_path, layout, processor, config.image_root or None, config.contrast
     )
+    if checkpoint:
+        refuse_changed_data(checkpoint, dataset, config)
     embedder = load_and_adapt(config, device, dtype, checkpoint)
 
     # The base model first: with adapters off it is what it was, to the last bit.
@@ -768,6 +799,23 @@ def measured_before(out: Path) -> dict | None:
     return before if isinstance(before, dict) else None
 
 
+def refuse_changed_data(checkpoint: Path, dataset, config: TrainConfig) -> None:
+    """Raise InputError where a run would go on with other data than it began with.
+
+    (Another base model, or other prompts, are refused when the adapters are loaded.)"""
+    before = checkpoints.notes(checkpoint).get("data")
+    now = dataset.fingerprint()
+    if not isinstance(before, dict) or before == now:
+        return  # checkpoints of old have no fingerprint
+    changed = [name for name in now if before.get(name) != now[name]]
+    found = f"{dataset.path}: its {' and '.join(changed)} have changed since {checkpoint}"
+    if config.changed_data:
+        print(f"--changed_data: {found}; batches are others from here on")
+        return
+    advice = "get the old ones back, or go on with the new ones: --changed_data"
+    raise InputError(f"--resume: {found}; {advice}")
+
+
 def draw_toy_world() -> tuple[str, str, object]:
     """The toy's training data, its tests.json, and what scores its captions."""
     from toy import world  # only this job needs it
@@ -803,6 +851,10 @@ def print_sizes(config, embedder, dataset, data_path: str) -> None:
     millions = f"{frozen / 1e6:.1f} M"
     print(f"{config.model}: {millions} frozen parameters, {learning:,} new ({share:.1f} %)")
     print(f"{len(dataset):,} images in {data_path}")
+    rates = f"learning rates: LoRA {config.lr:g}, soft prompts {config.soft_lr:g}"
+    if not is_toy(config.model) and config.lr > PAPER["lr"]:
+        rates += f" (the paper's, for 7B: {PAPER['lr']:g})"
+    print(f"{rates}; caption_share {config.caption_share:g}")
     for reason, number in dataset.faults.items():
         print(f"  {number} lines left out: {reason}")
 
@@ -910,7 +962,17 @@ def opened(row: list) -> list:
 # ---- The command
 
 # What may change when a run goes on: the rest decides which numbers come out.
-MAY_CHANGE = {"out", "resume", "steps", "device", "workers", "save_every", "keep", "shard"}
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "steps",
+    "device",
+    "workers",
+    "save_every",
+    "keep",
+    "shard",
+    "changed_data",
+}
 # Exact but for rounding and dropout masks.
 MAY_CHANGE |= {"micro_batch", "gradient_cache", "checkpoint_layers", "fast"}
 
@@ -924,13 +986,16 @@ def settings(given: dict) -> TrainConfig:
         # A run must find its files from any folder. The default model is looked for in ours.
         if given.get(name) and given[name] not in (TrainConfig.model, "none"):
             given[name] = str(Path(given[name]).resolve())
+    new = TrainConfig(**defaults(given.get("model", TrainConfig.model)) | given)
     if not given.get("resume"):
-        return TrainConfig(**given)
+        return new
     path = Path(given.get("out", TrainConfig.out)) / "config.json"
     if not path.exists() and not checkpoints.newest(path.parent):
-        return TrainConfig(**given)  # there is no run yet: it starts here
+        return new  # there is no run yet: it starts here
 
     saved = read_json(path)
+    if "steps" not in saved:
+        raise InputError(f"{path}: has no steps, so it is not a run's config.json")
     types = {setting.name: setting.type for setting in dataclasses.fields(TrainConfig)}
     faults = []
     for name, value in saved.items():
@@ -945,6 +1010,7 @@ def settings(given: dict) -> TrainConfig:
     if faults:
         found = "; ".join(faults)
         raise InputError(f"--resume: {found}; leave these flags out, or choose another --out")
+    saved.pop("changed_data", None)  # said once, it holds for that one time
     return TrainConfig(**saved | given)
 
 
@@ -953,7 +1019,8 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for each in dataclasses.fields(TrainConfig):
-        text = f"{each.metadata['help']} [{each.default!r}]".replace("%", "%%")
+        other = f", for other models {PAPER[each.name]!r}" if each.name in PAPER else ""
+        text = f"{each.metadata['help']} [{each.default!r}{other}]".replace("%", "%%")
         # SUPPRESS: only what was given is in the result, the rest is the dataclass's or the run's.
         if each.type is bool:
             parser.add_argument(
@@ -964,6 +1031,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.add_argument(
                 f"--{each.name}", default=SUPPRESS, help=text, type=kind, metavar=kind.__name__
             )
+    print_any_text()
     try:
         job(settings(vars(parser.parse_args(arguments))))
     except (InputError, OSError) as error:
