@@ -29,6 +29,7 @@ skipped in silence.
 Axes: b sequences of one chunk, T tokens.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -46,7 +47,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from formats.files import InputError, inside, read_json
+from formats.captions import LIST_AS_TEXT, PLACEHOLDER, fault_of_caption
+from formats.files import InputError, inside, read_json, what_it_may_be, without_surrogates
 from losses import IGNORE
 
 # The paper's hand-written prompts. Soft prompts begin as these.
@@ -73,6 +75,9 @@ class TextTokenizer:
 
     def __init__(self, folder: str | Path):
         path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            advice = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
+            raise InputError(f"{path}: no such file; transformers' {advice}")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
             # A file may have been saved with either; we want a text's own ids, all of them.
@@ -86,8 +91,8 @@ class TextTokenizer:
             raise
         # The library raises bare Exceptions, and Rust panics, which are not even that.
         except BaseException as error:
-            hint = "perhaps a Git LFS pointer or a web page"
-            raise InputError(f"{path}: not a tokenizer, {hint} ({error})") from None
+            hint = what_it_may_be(path)
+            raise InputError(f"{path}: not a tokenizer ({error}); {hint}") from None
 
         self.special_ids = {}  # from a special token's string to its id
         for index, token in self.tokenizer.get_added_tokens_decoder().items():
@@ -127,11 +132,6 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Ids -> text, special tokens left out."""
         return self.tokenizer.decode(ids).strip()
-
-
-def without_surrogates(text: str) -> str:
-    """Lone surrogates are legal in JSON but not in UTF-8. They become question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 # ---- Layout
@@ -303,14 +303,47 @@ def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.I
         limit = Image.MAX_IMAGE_PIXELS
         raise InputError(f"{name}: more than {limit} pixels; scale the image down") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not a JPEG, PNG, WebP, GIF or BMP image") from None
+        found = what_picture_it_may_be(path, part)
+        raise InputError(f"{name}: not a JPEG, PNG, WebP, GIF or BMP image{found}") from None
     # Whatever Pillow's decoders find: truncated data, bad checksums, broken headers.
     except Exception as error:
+        if "MAX_TEXT" in str(error):  # its limit for what compressed texts unpack to
+            found = "the picture's metadata unpack to more than Pillow allows"
+            advice = "it may be whole: save it again without metadata"
+            raise InputError(f"{name}: {found}; {advice}") from None
         raise InputError(f"{name}: the image is damaged ({error})") from None
     # Resizing its short side to a model's input would take gigabytes.
     if max(rgb.size) > 200 * min(rgb.size):
         raise InputError(f"{name}: {rgb.width} x {rgb.height} pixels are too long for an image")
     return rgb
+
+
+# How files begin that are taken for pictures, or are pictures of another kind.
+OTHER_KINDS = {
+    b"version https": "a Git LFS pointer: run `git lfs pull`",
+    b"<": "an SVG or a web page: a failed download?",
+    b"{": "JSON: a failed download?",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"%PDF": "a PDF",
+    b"\0\5\x16\7": "what a Mac keeps beside a file",
+}
+BRANDS = {b"avif": "an AVIF", b"heic": "a HEIC", b"heix": "a HEIC", b"mif1": "a HEIC"}
+
+
+def what_picture_it_may_be(path: str | Path, part: tuple[int, int] | None) -> str:
+    """What a file that is no picture for us often turns out to be, for the end of a message."""
+    head = read_part(path, part or (0, 16)).read(16)
+    kind = "empty" if not head else None
+    for beginning, name in OTHER_KINDS.items():
+        if head.startswith(beginning):
+            kind = name
+    if head[4:8] == b"ftyp":
+        kind = BRANDS.get(head[8:12], kind)
+    if kind is None:
+        return ""
+    advice = "; save it as JPEG" if kind.split()[-1] in ("TIFF", "AVIF", "HEIC", "PDF") else ""
+    return f" (it is {kind}{advice})"
 
 
 def read_part(path: str | Path, part: tuple[int, int]) -> io.BytesIO:
@@ -509,17 +542,20 @@ class CaptionDataset(Dataset):
         # For each record the number of its unit: records of one unit stay neighbours.
         self.units: list[int] = []
         self.faults = Counter()  # how many lines were left out, by the reason
+        self.digest = ""  # of the whole file
         self.offsets = self.index_lines()  # (records,) int64: the byte where each line begins
 
     def index_lines(self) -> np.ndarray:
-        """Read the file once. Fills `units` and `faults`, returns the offsets of usable lines."""
+        """Read the file once: fills units, faults and digest, returns where usable lines begin."""
         offsets = []
+        digest = hashlib.sha256()
         unit_of_group = {}
         first_fault = ""
         end = 0
         for number, line in enumerate(self.lines(), start=1):
             begin = end
             end += len(line)
+            digest.update(line)
             if not line.strip():
                 continue
             try:
@@ -533,7 +569,22 @@ class CaptionDataset(Dataset):
             self.units.append(unit)
             offsets.append(begin)
         self.refuse_faulty_file(len(offsets), first_fault)
+        self.digest = digest.hexdigest()
         return np.array(offsets, np.int64)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells whether this is the data that it was: of the lines, and of some pictures.
+
+        Of at most 256 pictures, from the first to the last, the sizes in bytes are taken."""
+        digest = hashlib.sha256(f"{len(self)} pictures".encode())
+        step = max(1, len(self) // 256)
+        for index in range(0, len(self), step):
+            try:
+                size = inside(self.root, self.record(index)["image"]).stat().st_size
+            except (InputError, OSError):
+                size = -1
+            digest.update(f" {size}".encode())
+        return {"lines": self.digest, "pictures": digest.hexdigest()}
 
     def refuse_faulty_file(self, usable: int, first_fault: str) -> None:
         """A few faulty lines are left out and told. Many mean that it is the wrong file."""
@@ -544,7 +595,8 @@ class CaptionDataset(Dataset):
             commonest = self.faults.most_common(5)
             counts = "; ".join(f"{count} x {reason}" for reason, count in commonest)
             share = f"{faulty} of {faulty + usable} lines cannot be used"
-            raise InputError(f"{self.path}: {share}, {first_fault} ({counts})")
+            advice = "other people's files: python -m examples.convert makes them such lines"
+            raise InputError(f"{self.path}: {share}, {first_fault} ({counts}); {advice}")
 
     def lines(self) -> Iterator[bytes]:
         try:
@@ -620,11 +672,19 @@ def parse_record(line: bytes) -> dict:
             raise InputError(f'"{key}" is not a list of captions')
     if not any(text.strip() for text in captions_of(record)):
         raise InputError("no caption")
+    if any(is_no_caption(text) for text in captions_of(record)):
+        raise InputError('a caption is a placeholder, such as "nan", or a list as text')
     if "part" in record and not is_part(record["part"]):
         raise InputError('"part" is not [offset, bytes]')
     if not isinstance(record.get("group"), str | int | None):
         raise InputError('"group" is neither a string nor a number')
     return record
+
+
+def is_no_caption(text: str) -> bool:
+    """Is a text that is not blank what a program wrote in place of captions?"""
+    is_placeholder = fault_of_caption(text) == PLACEHOLDER
+    return is_placeholder or LIST_AS_TEXT.fullmatch(text) is not None
 
 
 def captions_of(record: dict) -> list[str]:

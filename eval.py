@@ -51,13 +51,21 @@ from data import (
     open_image,
 )
 from fast.int8 import quantize
-from formats.files import InputError, read_json
-from formats.testsets import read_imagenet, read_retrieval, read_sugarcrepe, read_winoground
+from formats.captions import is_picture, pictures_in
+from formats.files import InputError, LeftOut, read_json
+from formats.testsets import (
+    read_domains,
+    read_imagenet,
+    read_retrieval,
+    read_sugarcrepe,
+    read_winoground,
+)
 from lora import SoftPrompt, adapters, adapters_disabled, load_adapter
 from losses import IGNORE
 from runtime.checkpoints import newest
 from runtime.embeddings import KeptEmbeddings, fingerprint_of, key_of_text
 from runtime.processes import gather_rows, rank, world_size
+from runtime.terminal import print_any_text
 
 ROOT = Path(__file__).parent
 TOY_MODEL = ROOT / "toy" / "tiny-llava"
@@ -147,6 +155,9 @@ def load_embedder(
         raise InputError(f"{folder}: a run keeps the prompts it was trained with; {advice}")
     settings = read_json(folder / "config.json")
     base = settings.get("model")
+    if isinstance(base, str) and find_folder(base) is None:
+        advice = 'if it has moved, write its new place under "model" in there'
+        raise InputError(f"{folder / 'config.json'}: the base model {base} is gone; {advice}")
     image_prompt = settings.get("image_prompt")
     text_prompt = settings.get("text_prompt")
     checkpoint = newest(folder)
@@ -208,12 +219,11 @@ def read_folder(
 
     The prompts are the paper's where none are given. Raises InputError."""
     given = folder
-    folder = Path(folder)
-    if not folder.is_dir():
-        folder = ROOT / folder  # toy/tiny-llava is found from anywhere
-    if not folder.is_dir():
+    folder = find_folder(given)
+    if folder is None:
         advice = "give a Hugging Face LLaVA folder or a run of train.py"
         raise InputError(f"{given}: no such folder; {advice}")
+    refuse_adapter(folder)
     config = backbones.read_config(folder)
     if image_prompt is None:
         image_prompt = IMAGE_PROMPT
@@ -225,6 +235,7 @@ def read_folder(
         found = f"<image> is {layout.image_id} in tokenizer.json"
         found += f", {config.image_token_id} in config.json"
         raise InputError(f"{folder}: {found}: the files belong to different models")
+    refuse_ids_without_rows(folder, layout.tokenizer, config)
     processor = ImageProcessor.from_pretrained(folder)
     side = config.vision.image_size
     if processor.size != (side, side):
@@ -233,6 +244,42 @@ def read_folder(
     # The end of an answer in the chat template ends it, whether or not the config lists it.
     config.eos_token_ids = tuple({*config.eos_token_ids, layout.stop_id})
     return folder, config, layout, processor
+
+
+def find_folder(folder: str | Path) -> Path | None:
+    """A model's folder, also where a relative path is meant from the project's: toy/tiny-llava is
+    found from anywhere. None where there is no such folder."""
+    for candidate in (Path(folder), ROOT / folder):
+        if candidate.is_dir():
+            return candidate
+    return None
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise InputError for a folder that holds adapters where a whole model is wanted."""
+    if (folder / "config.json").exists():
+        return
+    if (folder / "training_state.json").exists() or folder.parent.name == "checkpoints":
+        run = folder.parent.parent
+        raise InputError(f"{folder}: a checkpoint of a run; give the run's folder, {run}")
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        advice = "merge it with PEFT's merge_and_unload, and give the folder of that"
+        raise InputError(f"{folder}: an adapter (of {base}), not a model; {advice}")
+
+
+def refuse_ids_without_rows(folder: Path, tokenizer: TextTokenizer, config: BackboneConfig) -> None:
+    """Raise InputError where the tokenizer makes ids that the embedding has no row for.
+
+    Ids behind the embedding's are those of soft prompts: such a token would become one of them."""
+    vocabulary = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    token = max(vocabulary, key=vocabulary.get)
+    if vocabulary[token] >= config.text.vocab_size:
+        found = f"{token!r} has id {vocabulary[token]} in tokenizer.json, the embedding has "
+        found += f"{config.text.vocab_size} rows (vocab_size in config.json)"
+        advice = "take the tokenizer that belongs to the model, or add rows with transformers' "
+        advice += "resize_token_embeddings"
+        raise InputError(f"{folder}: {found}; {advice}")
 
 
 def base_hash(model: Backbone) -> str:
@@ -398,7 +445,8 @@ def fingerprint(embedder: Embedder) -> str:
         layout.tokenizer.tokenizer.to_str(),
     ]
     tensors = model.state_dict()
-    tensors.pop("log_scale", None)  # the loss's temperature is in no embedding
+    # What a loss learns, such as the temperature, is in no embedding: the names without a dot.
+    tensors = {name: tensor for name, tensor in tensors.items() if "." in name}
     return fingerprint_of(tensors, settings)
 
 
@@ -463,6 +511,17 @@ def retrieval(embeddings: Embeddings, items: list[tuple[Path, list[str]]]) -> di
     image_embeddings = embeddings.images(paths)  # (images, D)
     text_embeddings = embeddings.texts(texts)  # (texts, D)
     return recall_at_k(text_embeddings @ image_embeddings.T, torch.tensor(image_of_text))
+
+
+def retrieval_by_domain(
+    embeddings: Embeddings, items: list[tuple[Path, list[str]]], domains: dict[Path, str]
+) -> dict[str, float]:
+    """nocaps' other protocol: `retrieval` among the pictures of each domain, and the mean of it."""
+    of_domain = {}
+    for path, captions in items:
+        of_domain.setdefault(domains.get(path), []).append((path, captions))
+    tables = [retrieval(embeddings, some) for some in of_domain.values()]
+    return {key: sum(table[key] for table in tables) / len(tables) for key in tables[0]}
 
 
 def sugarcrepe(embeddings: Embeddings, files: dict[str, list[dict]]) -> dict[str, float]:
@@ -571,7 +630,11 @@ def cider_d(generated: list[str], references: list[list[str]]) -> dict[str, floa
     few images share.
 
     As in the authors' code, but that words are runs of letters, digits and apostrophes (theirs:
-    Stanford's tokenizer). One generated caption an image, one or more references an image."""
+    Stanford's tokenizer). One generated caption an image, one or more references an image.
+    Returns {} where nothing can be told: of a single picture, or of pictures with the same
+    captions, no n-gram is rarer than another, and a perfect caption would get 0."""
+    if not any(any(ngram_weights(references, n).values()) for n in range(1, 5)):
+        return {}
     rarest = math.log(len(references))  # the weight of an n-gram that no reference has
     total = 0.0
     for n in range(1, 5):
@@ -597,7 +660,7 @@ def ngram_weights(references: list[list[str]], n: int) -> dict[tuple, float]:
         for text in texts:
             of_this_image.update(ngrams(text, n))
         images_with.update(of_this_image)
-    log_images = math.log(len(references))
+    log_images = math.log(max(len(references), 1))
     return {gram: log_images - math.log(count) for gram, count in images_with.items()}
 
 
@@ -718,7 +781,9 @@ def short_caption_batches(
     embedder: Embedder, path: Path, images: Path, limit: int
 ) -> Iterator[CaptionBatch]:
     """64 records at a time of a file in retrieval's formats: (pixels, captions of each, None)."""
-    items = [item for item in read_retrieval(path, images) if item[1]]
+    left_out = LeftOut()
+    items = [item for item in read_retrieval(path, images, left_out=left_out) if item[1]]
+    tell(path, left_out)
     for some in parts_of(min(limit, len(items))):
         pixels = [embedder.processor(open_image(items[index][0])) for index in some]
         captions = [items[index][1] for index in some]
@@ -809,18 +874,19 @@ def read_test(
     split: str = "test",
     captions_per_image: int | None = None,
     classes: Path | None = None,
+    left_out: LeftOut | None = None,
 ) -> tuple:
     """One of METRICS from its authors' files: what its function wants, and how much of it there
-    is, as in SIZES. Raises InputError."""
+    is, as in SIZES. What is not used is counted in `left_out`. Raises InputError."""
     if name == "retrieval":
-        items = read_retrieval(file, images, split, captions_per_image)
+        items = read_retrieval(file, images, split, captions_per_image, left_out)
         num_captions = sum(len(captions) for _, captions in items)
         return items, (len(items), num_captions)
     if name == "winoground":
-        items = read_winoground(file, images)
+        items = read_winoground(file, images, left_out)
         return items, (len(items),)
     if name == "imagenet":
-        pictures, names = read_imagenet(file, classes)
+        pictures, names = read_imagenet(file, classes, left_out)
         return (pictures, names), (len(pictures), len(names))
     if not file.is_dir():
         advice = f"give the one that holds {SUGARCREPE[0]}.json and the other files"
@@ -831,7 +897,9 @@ def read_test(
     else:
         kinds = SUGARCREPE_PP
         captions = ("caption", "caption2", "negative_caption")
-    files = {kind: read_sugarcrepe(file / f"{kind}.json", images, captions) for kind in kinds}
+    files = {}
+    for kind in kinds:
+        files[kind] = read_sugarcrepe(file / f"{kind}.json", images, captions, left_out)
     return files, tuple(len(items) for items in files.values())
 
 
@@ -863,9 +931,17 @@ def evaluate(
         classes = settings.get("classes")
         if classes is not None:
             classes = tests.parent / classes
-        items, _ = read_test(name, file, images, split, classes=classes)
+        left_out = LeftOut()
+        items, _ = read_test(name, file, images, split, classes=classes, left_out=left_out)
+        tell(file, left_out)
         tables[name] = METRICS[name](embeddings, items)
     return tables
+
+
+def tell(file: Path, left_out: LeftOut) -> None:
+    """Print what a test does not use, and where it was met first."""
+    for line in left_out.lines():
+        print(f"{file}: left out: {line}")
 
 
 def captioning_both_ways(
@@ -916,7 +992,7 @@ def mean_of_files(files: dict[str, float], group: str) -> float | None:
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """Rows of `summary` under each other. The row "difference" shows its signs."""
+    """Rows of `summary` under each other. Rows called "difference" show their signs."""
     widths = {}  # of the columns, in the order in which rows name them
     for row in rows.values():
         for name in row:
@@ -925,7 +1001,7 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     header = [f"{name:>{width}}" for name, width in widths.items()]
     print(" " * label_width, *header)
     for label, row in rows.items():
-        sign = "+" if label == "difference" else ""
+        sign = "+" if label.startswith("difference") else ""
         cells = []
         for name, width in widths.items():
             cell = f"{row[name]:{sign}.1f}" if name in row else "-"
@@ -1021,6 +1097,7 @@ def check_parent(path: Path | None) -> None:
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Inside, what a user can mend ends the program with one line instead of a traceback."""
+    print_any_text()
     try:
         yield
     except USER_ERRORS as error:
@@ -1032,12 +1109,35 @@ def errors_in_one_line() -> Iterator[None]:
 # ---- The commands of this file
 
 
+def list_pictures(given: list[Path]) -> list[Path]:
+    """Pictures as they are named, all in folders that are named, and what a pattern matches that
+    the shell has left as it is (Windows' do). Says what is left out in folders."""
+    paths = []
+    for path in given:
+        if path.is_dir():
+            left_out = LeftOut()
+            paths += pictures_in(path, left_out)
+            tell(path, left_out)
+        elif any(sign in path.name for sign in "*?[") and not path.exists():
+            matching = sorted(each for each in path.parent.glob(path.name) if is_picture(each.name))
+            if not matching:
+                raise InputError(f"{path}: no picture has such a name")
+            paths += matching
+        else:
+            paths.append(path)
+    if not paths:
+        names = ", ".join(str(path) for path in given)
+        raise InputError(f"{names}: there are no pictures to embed or to describe")
+    return paths
+
+
 def caption_command(embedder: Embedder, args: argparse.Namespace) -> None:
     """Captions, or answers, a few pictures at a time."""
-    starts = range(0, len(args.pictures), args.batch)
+    pictures = list_pictures(args.pictures)
+    starts = range(0, len(pictures), args.batch)
     # Each batch is read, answered and printed before the next: the first answer comes soon.
     for start in tqdm(starts, desc="captions", disable=len(starts) < 2):
-        paths = args.pictures[start : start + args.batch]
+        paths = pictures[start : start + args.batch]
         images = [open_image(path) for path in paths]
         answers = caption(embedder, images, args.question, args.max_new_tokens, args.temperature)
         for path, answer in zip(paths, answers):
@@ -1054,7 +1154,11 @@ def captioning_command(embedder: Embedder, args: argparse.Namespace) -> None:
         return captioning(embedder, args.file, images, args.question, args.limit, cider_d)
 
     rows = measure_rows(embedder, measure, args.both)
-    print_table(rows)  # the paper has no such table
+    if not all("cider_d" in row for row in rows.values()):
+        why = "it weighs words by how few pictures have them; here none is rarer than another"
+        print(f"no CIDEr-D: {why}, take more pictures")
+    if any(rows.values()):
+        print_table(rows)  # the paper has no such table
     write_rows(rows, args)
 
 
@@ -1064,9 +1168,11 @@ def table_command(embedder: Embedder, args: argparse.Namespace) -> None:
     images = args.images
     if images is None:
         images = args.file if args.file.is_dir() else args.file.parent
+    left_out = LeftOut()
     items, sizes = read_test(
-        name, args.file, images, args.split, args.captions_per_image, args.classes
+        name, args.file, images, args.split, args.captions_per_image, args.classes, left_out
     )
+    tell(args.file, left_out)
     # Said first: on fewer items the paper's numbers below mean nothing.
     dataset = print_sizes(name, args.file, sizes)
 
@@ -1078,10 +1184,29 @@ def table_command(embedder: Embedder, args: argparse.Namespace) -> None:
         return METRICS[name](embeddings, items)
 
     rows = measure_rows(embedder, measure, args.both)
+    domains = read_domains(args.file, images) if name == "retrieval" else {}
+    if domains:
+        rows = both_protocols(rows, embedder, items, domains, args)
     print_table({**rows, **paper_rows(dataset)})
     write_rows(rows, args)
     if name == "sugarcrepe":
         print_means(rows["this model"], sizes)
+
+
+def both_protocols(
+    rows: dict[str, dict], embedder: Embedder, items: list, domains: dict[Path, str], args
+) -> dict[str, dict]:
+    """nocaps is reported in two ways, of which papers do not say which is theirs: all pictures
+    compete, as in the rows given, or only those of one domain, and the mean over the domains."""
+
+    def measure() -> dict[str, float]:
+        return retrieval_by_domain(open_embeddings(embedder, args), items, domains)
+
+    named = {f"{name}, all compete": row for name, row in rows.items()}
+    number = len(set(domains.values()))
+    for name, row in measure_rows(embedder, measure, args.both).items():
+        named[f"{name}, mean of {number} domains"] = row
+    return named
 
 
 def print_sizes(name: str, file: Path, sizes: tuple[int, ...]) -> str:
@@ -1140,7 +1265,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     text = "describe pictures, or answer one question about each"
     command = commands.add_parser("caption", help=text, description=text)
-    command.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE", help="pictures")
+    pictures = "pictures, or folders of pictures"
+    command.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE", help=pictures)
     add_answer_options(command)
     add_model_options(command)
     command.set_defaults(function=caption_command, json=None)

@@ -658,7 +658,8 @@ class Llava(nn.Module):
         A temperature that training added (`log_scale`) is no part of it. Raises FileExistsError
         where there are weights already, ValueError where LoRA is not merged."""
         tensors = self.state_dict()
-        tensors.pop("log_scale", None)
+        # What a loss learns, such as the temperature, is the model's own: a name without a dot.
+        tensors = {name: tensor for name, tensor in tensors.items() if "." in name}
         if any(".lora_A." in name for name in tensors):
             raise ValueError("the model has LoRA in it: merge_lora first, or save_adapter")
         # The tower is written as it is held: its last layer is the feature layer.

@@ -1,8 +1,7 @@
 """Fine-tune a LLaVA into an embedding model that still captions: VladVA (arXiv 2412.04378).
 
     python train.py                                the toy job: no network, no GPU, a few minutes
-    python train.py --model llava-1.5-7b-hf --data captions.jsonl --out runs/mine \\
-        --lr 1e-4 --soft_lr 1e-3 --caption_share 1 --batch_size 16
+    python train.py --model llava-1.5-7b-hf --data captions.jsonl --out runs/mine --batch_size 16
     torchrun --nproc_per_node=8 train.py ...       the same batches on eight GPUs
     python train.py --resume --out runs/mine       go on, as if nothing had happened
     python train.py --help                         every setting, with its default
@@ -50,6 +49,7 @@ from runtime import checkpoints, memory, processes, signals
 from runtime.gallery import gallery
 from runtime.log import RunLog
 from runtime.processes import everyone, gather_rows, rank, world_size
+from runtime.terminal import print_any_text
 
 
 def setting(default, help: str):
@@ -64,7 +64,9 @@ class TrainConfig:
     model: str = setting("toy/tiny-llava", "folder of the LLaVA to fine-tune")
     data: str = setting("", "training data, JSON lines as in data.py (empty: the toy world)")
     image_root: str = setting("", "where the training pictures are (empty: beside the data)")
-    tests: str = setting("", "a tests.json: tables before and after, see eval.evaluate")
+    tests: str = setting(
+        "", "a tests.json, see eval.evaluate (none: no tables; the toy has its own)"
+    )
     out: str = setting("runs/toy", "run folder; a former run in it is replaced, nothing else")
 
     # The batch.
@@ -91,7 +93,9 @@ class TrainConfig:
     # The optimiser.
     lr: float = setting(4e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
     soft_lr: float = setting(4e-2, "peak learning rate of the soft prompts")
-    temperature_lr: float = setting(1e-2, "peak learning rate of the temperature")
+    temperature_lr: float = setting(
+        1e-2, "peak learning rate of the temperature (of all that losses learn)"
+    )
     weight_decay: float = setting(0.0, "of LoRA")
     warmup: int = setting(20, "steps up to the peak; a cosine down to 5 % of it follows")
     clip: float = setting(1.0, "largest norm of the gradient")
@@ -110,6 +114,7 @@ class TrainConfig:
     save_every: int = setting(0, "steps between checkpoints (0: only the last)")
     keep: int = setting(0, "newest checkpoints to keep (0: all)")
     resume: bool = setting(False, "go on with the run in --out; start it if there is none")
+    changed_data: bool = setting(False, "with --resume: go on though the data has changed")
 
     def check(self, device: torch.device) -> None:
         """Raise InputError for values that cannot work, all in one message."""
@@ -118,6 +123,9 @@ class TrainConfig:
             faults.append("steps and micro_batch must be at least 1")
         if self.batch_size < world_size():
             faults.append(f"batch_size must be at least {world_size()}, one for each process")
+        if self.batch_size == 1 and self.contrastive_weight > 0:
+            advice = "at least 2, or --contrastive_weight 0"
+            faults.append(f"a batch_size of 1 has no negatives to contrast with: {advice}")
         if not 0 <= self.caption_share <= 1:
             faults.append("caption_share must lie in [0, 1]")
         if not 0 <= self.lora_dropout < 1:
@@ -128,10 +136,8 @@ class TrainConfig:
             faults.append("temperature must be at least 0.01")
         if not self.clip > 0:
             faults.append("clip must be positive")
-        for name in (
-            *("lr", "soft_lr", "temperature_lr", "weight_decay"),
-            *("contrastive_weight", "autoregressive_weight"),
-        ):
+        weights = [f"{name}_weight" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
+        for name in ("lr", "soft_lr", "temperature_lr", "weight_decay", *weights):
             if not 0 <= getattr(self, name) < math.inf:
                 faults.append(f"{name} must lie in [0, inf)")
         for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed"):
@@ -140,8 +146,8 @@ class TrainConfig:
         for name in ("lora_rank", "workers"):
             if not 0 <= getattr(self, name) <= 4096:
                 faults.append(f"{name} must lie in [0, 4096]")
-        if self.contrastive_weight == 0 and self.autoregressive_weight == 0:
-            faults.append("one of the two losses needs a weight")
+        if not any(getattr(self, name) for name in weights):
+            faults.append("one of the losses needs a weight")
         if not self.soft_prompts and self.lora_rank == 0:
             faults.append("without soft prompts and LoRA there is nothing to train")
         if self.int8 and self.shard:
@@ -151,6 +157,23 @@ class TrainConfig:
             faults.append("lora_dropout and checkpoint_layers exclude each other on MPS")
         if faults:
             raise InputError("settings: " + "; ".join(faults))
+
+
+# What any other model than the toy starts with where no flag says otherwise: the paper's (of the
+# soft prompts' rate it says nothing). A model of billions of parameters would diverge, or forget,
+# at the toy's rates.
+PAPER = {"lr": 1e-4, "soft_lr": 1e-3, "caption_share": 1.0}
+
+
+def is_toy(model: str) -> bool:
+    """Whether a model is the one that is shipped, or was made beside it."""
+    folder = (eval.ROOT / model).resolve()
+    return folder.is_relative_to(eval.ROOT / "toy")
+
+
+def defaults(model: str) -> dict:
+    """The settings of a new run in which a model differs from the toy job."""
+    return {} if is_toy(model) else dict(PAPER)
 
 
 # ---- The losses, by name
@@ -464,15 +487,20 @@ def add_adapters(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, with a peak learning rate for each kind of parameter."""
+    """AdamW, with a peak learning rate for each kind of parameter. Raises InputError."""
     of_losses = lora.loss_parameters(model)
     of_lora = []
     soft_prompts = []
     for name, parameter in trainable_parameters(model).items():
         if ".lora_" in name:
             of_lora.append(parameter)
-        elif name not in of_losses:
+        elif name.startswith("language_model.embed_tokens."):
             soft_prompts.append(parameter)
+        elif name not in of_losses:  # no file of a checkpoint would hold it
+            raise InputError(
+                f"{name} trains, but is of no LoRA and no soft prompt; a parameter of a loss "
+                "must be the model's own, as lora.add_temperature adds one"
+            )
     groups = [
         {"params": of_lora, "peak_lr": config.lr, "weight_decay": config.weight_decay},
         {"params": soft_prompts, "peak_lr": config.soft_lr},
@@ -517,7 +545,7 @@ def make_batches(embedder, config: TrainConfig, dataset, first_step: int) -> Dat
     )
     # GPUs like few and round lengths.
     multiple = 32 if embedder.model.device.type == "cuda" else 1
-    caption_share = config.caption_share if config.autoregressive_weight else 0.0
+    caption_share = config.caption_share if weights_of(CAPTION_LOSSES, config) else 0.0
 
     collate = partial(
         data.collate,
@@ -556,6 +584,8 @@ def train(
         first_step = checkpoints.load(
             checkpoint, trainable_parameters(model), lora.loss_parameters(model), optimizer
         )
+    fingerprint = dataset.fingerprint()
+    without_negatives = 0  # batches in which nothing was contrasted
     log = RunLog(out, first_step)
     batches = make_batches(embedder, config, dataset, first_step)
     bar = tqdm(batches, "training", config.steps, initial=first_step, unit="step")
@@ -567,10 +597,13 @@ def train(
                 memory.report(memory.estimate(config, model, batch), free)
 
             losses = training_step(model, batch, config)
+            if step == first_step:
+                say_what_no_loss_reaches(model)
             norm = update(model, optimizer, step, config)  # changes nothing if not finite
             if not math.isfinite(losses["loss"] + norm):
-                raise diverged(step, losses["loss"], norm, config, dataset, out)
+                raise diverged(step, losses, norm, config, dataset, out)
 
+            without_negatives += losses["pairs"] < 2
             line = log_line(step, batch, losses, norm, model, config)
             log.write(line)
             bar.set_postfix_str(in_short(line), refresh=False)
@@ -584,17 +617,22 @@ def train(
             stopped = max(everyone(stop.received))  # a signal may have reached one process only
             is_due = config.save_every > 0 and done % config.save_every == 0
             if stopped or is_due or done == config.steps:
-                save(embedder, optimizer, done, config, out)
+                save(embedder, optimizer, done, config, out, fingerprint)
             if stopped:
                 say_how_to_go_on(stopped, done, out)
                 sys.exit(128 + stopped)
     model.eval()
     for reason in log.skipped:
         print(f"left out: {reason}")
+    if without_negatives and config.contrastive_weight > 0:
+        found = f"{without_negatives} of {config.steps - first_step} batches had fewer than 2 pairs"
+        print(f"{found} of a picture and a short caption: nothing was contrasted in them")
 
 
-def save(embedder, optimizer, step: int, config: TrainConfig, out: Path) -> None:
-    """Write checkpoints/step-N into the run folder."""
+def save(
+    embedder, optimizer, step: int, config: TrainConfig, out: Path, fingerprint: dict | None = None
+) -> None:
+    """Write checkpoints/step-N into the run folder. `fingerprint`: of the data."""
 
     model = embedder.model
 
@@ -608,19 +646,28 @@ def save(embedder, optimizer, step: int, config: TrainConfig, out: Path) -> None
         lora.loss_parameters(model),
         optimizer,
         write_adapter,
-        config.seed,
+        {"seed": config.seed, "data": fingerprint},
         config.keep,
     )
 
 
-def diverged(step: int, loss: float, norm: float, config, dataset, out: Path) -> InputError:
+def say_what_no_loss_reaches(model: nn.Module) -> None:
+    """Parameters without a gradient after the first step: switched off, or forgotten in a loss."""
+    names = [name for name, p in trainable_parameters(model).items() if p.grad is None]
+    if names:
+        tqdm.write(f"no loss reaches {', '.join(names[:5])}; it stays as it is")
+
+
+def diverged(step: int, losses: dict, norm: float, config, dataset, out: Path) -> InputError:
     """What to say of a loss or gradient that is not finite: where, of what, and what is left."""
     # The batch of a step can be drawn again at any time, here the whole of it.
     units = dataset.units if config.groups else range(len(dataset))
     sampler = data.ResumableSampler(units, config.batch_size, config.steps, config.seed, step)
     records = sorted(record for record, _ in next(iter(sampler)))
+    names = ("loss", *EMBEDDING_LOSSES, *CAPTION_LOSSES)
+    of_losses = ", ".join(f"{name} {losses[name]}" for name in names)
     return InputError(
-        f"loss {loss}, gradient {norm} in step {step}, of the records {records}; "
+        f"{of_losses}, gradient {norm} in step {step}, of the records {records}; "
         f"last good checkpoint: {checkpoints.newest(out)}; perhaps lower the learning rates"
     )
 
@@ -633,6 +680,9 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
     line["gradient_norm"] = norm
     line["lr"] = learning_rate_factor(step, config) * config.lr
     line["temperature"] = math.exp(-model.log_scale.item())
+    for name, parameter in lora.loss_parameters(model).items():
+        if name != "log_scale" and parameter.numel() == 1:
+            line[name] = parameter.item()
     line["memory"], _ = memory.held_and_free(model.device)
     line["tokens"] = 0
     line["skipped"] = []
@@ -644,10 +694,10 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
 
 def in_short(line: dict) -> str:
     """A line of the log for the progress bar."""
-    loss = f"loss {line['contrastive']:.3f} (chance {line['chance']:.2f})"
-    loss += f" + {line['autoregressive']:.3f}"
+    losses = [f"{name} {line[name]:.3f}" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
+    chance = f"chance {line['chance']:.2f}"  # of the contrastive loss, the first one
     speed = f"{line['pairs_per_second']:.0f} pairs/s"
-    return f"{loss}, temperature {line['temperature']:.3f}, {speed}"
+    return f"{', '.join(losses)} ({chance}), temperature {line['temperature']:.3f}, {speed}"
 
 
 def say_how_to_go_on(stopped: int, done: int, out: Path) -> None:
@@ -686,12 +736,16 @@ def job(config: TrainConfig) -> None:
     if not data_path:
         data_path, toy_tests, score = draw_toy_world()
         tests = tests or toy_tests
+    if tests == "none":
+        tests = ""
     _, _, layout, processor = eval.read_folder(
         config.model, config.image_prompt, config.text_prompt
     )
     dataset = data.CaptionDataset(
         data_path, layout, processor, config.image_root or None, config.contrast
     )
+    if checkpoint:
+        refuse_changed_data(checkpoint, dataset, config)
     embedder = load_and_adapt(config, device, dtype, checkpoint)
 
     # The base model first: with adapters off it is what it was, to the last bit.
@@ -745,6 +799,23 @@ def measured_before(out: Path) -> dict | None:
     return before if isinstance(before, dict) else None
 
 
+def refuse_changed_data(checkpoint: Path, dataset, config: TrainConfig) -> None:
+    """Raise InputError where a run would go on with other data than it began with.
+
+    (Another base model, or other prompts, are refused when the adapters are loaded.)"""
+    before = checkpoints.notes(checkpoint).get("data")
+    now = dataset.fingerprint()
+    if not isinstance(before, dict) or before == now:
+        return  # checkpoints of old have no fingerprint
+    changed = [name for name in now if before.get(name) != now[name]]
+    found = f"{dataset.path}: its {' and '.join(changed)} have changed since {checkpoint}"
+    if config.changed_data:
+        print(f"--changed_data: {found}; batches are others from here on")
+        return
+    advice = "get the old ones back, or go on with the new ones: --changed_data"
+    raise InputError(f"--resume: {found}; {advice}")
+
+
 def draw_toy_world() -> tuple[str, str, object]:
     """The toy's training data, its tests.json, and what scores its captions."""
     from toy import world  # only this job needs it
@@ -780,6 +851,10 @@ def print_sizes(config, embedder, dataset, data_path: str) -> None:
     millions = f"{frozen / 1e6:.1f} M"
     print(f"{config.model}: {millions} frozen parameters, {learning:,} new ({share:.1f} %)")
     print(f"{len(dataset):,} images in {data_path}")
+    rates = f"learning rates: LoRA {config.lr:g}, soft prompts {config.soft_lr:g}"
+    if not is_toy(config.model) and config.lr > PAPER["lr"]:
+        rates += f" (the paper's, for 7B: {PAPER['lr']:g})"
+    print(f"{rates}; caption_share {config.caption_share:g}")
     for reason, number in dataset.faults.items():
         print(f"  {number} lines left out: {reason}")
 
@@ -887,7 +962,17 @@ def opened(row: list) -> list:
 # ---- The command
 
 # What may change when a run goes on: the rest decides which numbers come out.
-MAY_CHANGE = {"out", "resume", "steps", "device", "workers", "save_every", "keep", "shard"}
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "steps",
+    "device",
+    "workers",
+    "save_every",
+    "keep",
+    "shard",
+    "changed_data",
+}
 # Exact but for rounding and dropout masks.
 MAY_CHANGE |= {"micro_batch", "gradient_cache", "checkpoint_layers", "fast"}
 
@@ -899,15 +984,18 @@ def settings(given: dict) -> TrainConfig:
     given = dict(given)
     for name in ("model", "data", "image_root", "tests"):
         # A run must find its files from any folder. The default model is looked for in ours.
-        if given.get(name) and given[name] != TrainConfig.model:
+        if given.get(name) and given[name] not in (TrainConfig.model, "none"):
             given[name] = str(Path(given[name]).resolve())
+    new = TrainConfig(**defaults(given.get("model", TrainConfig.model)) | given)
     if not given.get("resume"):
-        return TrainConfig(**given)
+        return new
     path = Path(given.get("out", TrainConfig.out)) / "config.json"
     if not path.exists() and not checkpoints.newest(path.parent):
-        return TrainConfig(**given)  # there is no run yet: it starts here
+        return new  # there is no run yet: it starts here
 
     saved = read_json(path)
+    if "steps" not in saved:
+        raise InputError(f"{path}: has no steps, so it is not a run's config.json")
     types = {setting.name: setting.type for setting in dataclasses.fields(TrainConfig)}
     faults = []
     for name, value in saved.items():
@@ -916,9 +1004,13 @@ def settings(given: dict) -> TrainConfig:
             faults.append(f"{path} has {name} = {value!r}, which is not a setting")
         elif name in given and name not in MAY_CHANGE and given[name] != value:
             faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
+    for name in types.keys() - saved.keys():
+        # What its default does now, that run did not do.
+        faults.append(f"{path} lacks {name}, which this version of train.py has; set it there")
     if faults:
         found = "; ".join(faults)
         raise InputError(f"--resume: {found}; leave these flags out, or choose another --out")
+    saved.pop("changed_data", None)  # said once, it holds for that one time
     return TrainConfig(**saved | given)
 
 
@@ -927,7 +1019,8 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for each in dataclasses.fields(TrainConfig):
-        text = f"{each.metadata['help']} [{each.default!r}]".replace("%", "%%")
+        other = f", for other models {PAPER[each.name]!r}" if each.name in PAPER else ""
+        text = f"{each.metadata['help']} [{each.default!r}{other}]".replace("%", "%%")
         # SUPPRESS: only what was given is in the result, the rest is the dataclass's or the run's.
         if each.type is bool:
             parser.add_argument(
@@ -938,6 +1031,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.add_argument(
                 f"--{each.name}", default=SUPPRESS, help=text, type=kind, metavar=kind.__name__
             )
+    print_any_text()
     try:
         job(settings(vars(parser.parse_args(arguments))))
     except (InputError, OSError) as error:

@@ -20,29 +20,18 @@ from eval import (
     add_prompt_options,
     check_parent,
     errors_in_one_line,
+    list_pictures,
     open_embedder,
     open_embeddings,
 )
-from formats.captions import pictures_in
-from formats.files import InputError, fields_of
+from formats.files import InputError, open_text
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file; empty ones count, so that row i is line i. Raises InputError."""
     # Not splitlines(): that would also break at characters which may stand inside of a line.
-    with fields_of(path), open(path, encoding="utf-8") as file:
+    with open_text(path) as file:
         return [line.rstrip("\n") for line in file]
-
-
-def list_pictures(inputs: list[Path]) -> list[Path]:
-    """Pictures as they are named, and all in folders that are."""
-    paths = []
-    for path in inputs:
-        if path.is_dir():
-            paths += pictures_in(path)
-        else:
-            paths.append(path)
-    return paths
 
 
 def main(arguments: list[str] | None = None) -> None:

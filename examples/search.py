@@ -23,9 +23,10 @@ from eval import (
     open_embedder,
     open_embeddings,
     positive,
+    tell,
 )
 from formats.captions import pictures_in
-from formats.files import InputError
+from formats.files import InputError, LeftOut
 from runtime.gallery import gallery
 
 AT_A_TIME = 64  # pictures that are read and embedded together
@@ -49,7 +50,9 @@ def embed_folder(embeddings: Embeddings, folder: Path) -> list[Path]:
     """Embed the pictures of a folder and of the folders below it -> those that could be read.
 
     Says which could not. Raises InputError where there is none."""
-    paths = pictures_in(folder)
+    left_out = LeftOut()
+    paths = pictures_in(folder, left_out)
+    tell(folder, left_out)
     pictures = []
     unreadable = []
     starts = range(0, len(paths), AT_A_TIME)

@@ -14,8 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import LONG, LONGEST, CaptionDataset, Layout, TextTokenizer, captions_of
-from eval import TOY_MODEL
+from eval import TOY_MODEL, find_folder
 from formats.files import InputError, inside
+from runtime.terminal import print_any_text
 
 EDGES = [0, 10, 20, LONG, 60, 120, 250, LONGEST]  # where the bars begin, in tokens
 WIDTH = 40  # characters of the longest bar
@@ -84,9 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default=TOY_MODEL, help="whose tokenizer counts (the toy's)")
     parser.add_argument("--images", type=Path, help="where the pictures are (beside the data)")
     args = parser.parse_args(arguments)
+    print_any_text()
     try:
         # Nothing is laid out and no picture is read here, so any number of image tokens will do.
-        layout = Layout(TextTokenizer(args.model), num_image_tokens=1)
+        layout = Layout(TextTokenizer(find_folder(args.model) or args.model), num_image_tokens=1)
         dataset = CaptionDataset(args.data, layout, processor=None, image_root=args.images)
         stats(dataset)
     except (InputError, OSError) as error:

@@ -24,6 +24,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import losses
 from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
@@ -46,7 +47,7 @@ def install(model: nn.Module) -> None:
     elif not lean_layers_agree(model):
         fault = "DecoderLayer (model.py) or LoRALinear (lora.py) and their lean twins differ"
     if fault is not None:
-        print(f"{fault}: training with the plain layers, not with fast/lean.py")
+        tqdm.write(f"{fault}: training with the plain layers, not with fast/lean.py")
         return
     for index, layer in enumerate(layers):
         layers[index] = LeanDecoderLayer(layer)
@@ -112,7 +113,7 @@ def losses_agree(plain: Callable, fast: Callable, make_examples: Callable) -> bo
             agree = agree and are_close(expected, found)
     if not agree:
         name = plain.__name__
-        print(f"{name} and {fast.__name__} differ: training with {name}, as losses.py has it")
+        tqdm.write(f"{name} and {fast.__name__} differ: training with {name}, as losses.py has it")
     return agree
 
 

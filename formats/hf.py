@@ -81,7 +81,8 @@ def refuse_unsupported(path: Path, raw: dict, supported: Collection[str]) -> Non
             f"{path}: model_type is {model_type!r}; only {known} is supported: LLaVA-1.5 and the "
             "interleave models, not LLaVA-NeXT, OneVision or Qwen2-VL"
         )
-    if raw.get("quantization_config"):
+    # MLX's conversions have the shorter key.
+    if raw.get("quantization_config") or raw.get("quantization"):
         raise InputError(
             f"{path}: the weights are quantised; use the fp16, bf16 or fp32 checkpoint"
         )

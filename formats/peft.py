@@ -162,6 +162,11 @@ def read_tensors(path: Path, notes: dict[str, str] | None = None) -> dict[str, T
         notes: what the caller has, such as {"base": hash of the model}. A file that holds notes
             must hold all of these, with the same values. PEFT's own files hold none.
     Raises InputError."""
+    pickled = path.with_suffix(".bin")
+    if not path.exists() and pickled.exists():
+        found = f"{pickled}: pickle, which is never read"
+        advice = f"load it with PEFT once and save it again: that writes {path.name}"
+        raise InputError(f"{found}; {advice}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from formats.files import InputError, sync, write_whole
+from formats.files import InputError, read_json, sync, write_whole
 from runtime.processes import everyone, rank, world_size
 
 # All that a run may consist of: whatever else is in a folder is not ours to remove.
@@ -96,7 +96,7 @@ def save(
     loss_parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     write_adapter: Callable[[Path], None],
-    seed: int,
+    notes: dict,
     keep: int,
 ) -> None:
     """Write checkpoints/step-N: first under another name, then renamed, then named by `latest`.
@@ -108,6 +108,7 @@ def save(
         loss_parameters: those of them that are in no adapter file, such as the temperature; their
             values are kept, too.
         write_adapter: writes the adapters into the folder that it is given.
+        notes: what else is to be known of the checkpoint, see `notes`.
     Raises:
         InputError: where the disk has no room, before anything is touched."""
     # Every process takes part in this; the generators of GPUs start from the CPU's.
@@ -133,7 +134,7 @@ def save(
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before `latest` named it
     write_adapter(temporary)
     save_file(tensors, temporary / "training_state.safetensors")
-    state = {"step": step, "seed": seed, "processes": world_size(), "torch": torch.__version__}
+    state = {"step": step, "processes": world_size(), "torch": torch.__version__, **notes}
     (temporary / "training_state.json").write_text(json.dumps(state) + "\n")
     # Everything has reached the disk before the name says that it is there.
     for path in (*temporary.iterdir(), temporary, out / "log.jsonl"):
@@ -159,6 +160,12 @@ def delete_all_but(keep: int, checkpoints: Path, step: int) -> None:
 
 
 # ---- Going on
+
+
+def notes(folder: Path) -> dict:
+    """What `save` noted beside the tensors: the step, the seed, a fingerprint of the data, ..."""
+    path = folder / "training_state.json"
+    return read_json(path) if path.exists() else {}
 
 
 def load(

@@ -5,7 +5,7 @@
     kept.add(new_keys, vectors)                # (n, D), written at once
     kept.rows(keys)                            # (len(keys), D)
 
-The folder holds files.json (for each path its size, time and digest, so that files are not read
+The folder holds files.json (for each path its size, times and digest, so that files are not read
 again) and a subfolder for each model, with one safetensors file for each part that was computed.
 Axes: D hidden.
 """
@@ -35,7 +35,7 @@ class KeptEmbeddings:
         `model` names the model in the folder, see `fingerprint_of`."""
         self.vectors: dict[bytes, torch.Tensor] = {}
         self.folder: Path | None = None
-        # Of each path: its size, its time in nanoseconds, and the digest of its content.
+        # Of each path: its state (see `state_of`), and the digest of its content.
         self.files: dict[str, list] = {}
         if folder is None:
             return
@@ -89,18 +89,25 @@ class KeptEmbeddings:
         return keys
 
     def key_of_file(self, path: Path) -> bytes:
-        """SHA-256 of a file, which is read again only when its size or time has changed."""
+        """SHA-256 of a file, which is read again only when its state has changed."""
         name = os.path.abspath(path)  # a folder of embeddings may be used from several folders
         try:
-            status = path.stat()
-            state = [status.st_size, status.st_mtime_ns]
-            known = self.files.get(name, [])
-            if known[:2] != state:
+            state = state_of(path)
+            if self.files.get(name, [])[:-1] != state:
                 self.files[name] = [*state, digest_of_file(path)]
         except OSError as error:
             raise InputError(f"{path}: no such image ({error.strerror})") from None
-        digest = self.files[name][2]
+        digest = self.files[name][-1]
         return bytes.fromhex(digest)
+
+
+def state_of(path: Path) -> list[int]:
+    """What changes when a file is written or replaced: its size, two times, its number on the disk.
+
+    The second time is of the last change of any kind: programs can set the first one back (cp -p,
+    tar, rsync do), not the second. (On Windows it is the time of creation.) Raises OSError."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def key_of_text(text: str) -> bytes:

@@ -78,17 +78,17 @@ def test_llava_and_sharegpt4v(tmp_path, images):
     source = write(tmp_path, "llava.json", content)
     records, counts = converted(source, tmp_path, images)
     assert records == [
-        {"image": "a.jpg", "captions": ["a <image> cat\nand </s>", "the same cat"]},
+        {"image": "a.jpg", "captions": ["a <image> cat\nand </s>", "the same cat", "a list"]},
         {"image": "deep/b.jpg", "captions": ["a dog"]},
     ]
     assert counts == {
         "written": 2,
-        "no image": 2,
+        "no image": 1,
         "not one question and one answer": 1,
         "a path that leaves the image root": 1,
         "no such picture": 1,
         "no caption": 1,
-        "joined to an earlier line of the same picture": 1,
+        "joined to an earlier line of the same picture": 2,
     }
 
 
@@ -296,10 +296,11 @@ def test_damaged_shards_say_so(tmp_path, shards, damage):
     "name,content,message",
     [
         ("empty.json", "[]", "no usable record"),
-        ("odd.json", '[{"picture": 1}, 7]', "no usable record.*'no conversation': 2"),
+        ("odd.json", '[{"picture": 1}, 7]', "no usable record; 2 neither a conversation"),
         ("odd.json", '{"images": [{"picture": 1}]}', "not in the expected format"),
         ("broken.json", "[1", "not a JSON file"),
-        ("odd.jsonl", "[1]", "not in the expected format"),
+        ("odd.jsonl", "[1]", "no usable record; 1 neither a conversation"),
+        ("odd.jsonl", "1\n{", "line 2: not in the expected format"),
         ("odd.parquet", "PAR1", "not a .json, .jsonl, .csv or .tsv file"),
     ],
 )
