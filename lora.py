@@ -236,11 +236,12 @@ def save_adapter(model: nn.Module, folder: str | Path, notes: dict[str, str] | N
         tensors = {}
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
-                tensors[peft.peft_name(name)] = parameter
+                tensors[peft.peft_name(name, model.language_model_name)] = parameter
         peft.write_tensors(folder / "adapter_model.safetensors", tensors, notes)
         settings = dict(vars(lora_layers[0].config))
         targets = settings.pop("targets")
-        peft.write_config(folder / "adapter_config.json", settings, targets)
+        path = folder / "adapter_config.json"
+        peft.write_config(path, settings, targets, model.language_model_name)
     embedding = model.language_model.embed_tokens
     if isinstance(embedding, SoftPrompt):
         tensors = {"soft_prompt.image": embedding.image, "soft_prompt.text": embedding.text}

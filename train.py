@@ -64,6 +64,7 @@ class TrainConfig:
     model: str = setting("toy/tiny-llava", "folder of the LLaVA to fine-tune")
     data: str = setting("", "training data, JSON lines as in data.py (empty: the toy world)")
     image_root: str = setting("", "where the training pictures are (empty: beside the data)")
+    max_pixels: int = setting(0, "largest picture, where sizes differ (0: as the files say)")
     tests: str = setting("", "a tests.json: tables before and after, see eval.evaluate")
     out: str = setting("runs/toy", "run folder; a former run in it is replaced, nothing else")
 
@@ -134,7 +135,7 @@ class TrainConfig:
         for name in ("contrastive_weight", "autoregressive_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 faults.append(f"{name} must lie in [0, inf)")
-        for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed"):
+        for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed", "max_pixels"):
             if not 0 <= getattr(self, name) < 2**32:
                 faults.append(f"{name} must lie in [0, 2^32)")
         for name in ("lora_rank", "workers"):
@@ -290,7 +291,7 @@ class Part:
     """A chunk, and what it takes to send it through the model twice in the same way."""
 
     chunk: Chunk
-    image_features: torch.Tensor | None  # (b, N, D) what stands at the image tokens
+    image_features: torch.Tensor | list | None  # what stands at the image tokens
     seed: int  # of the dropout masks
 
 
@@ -304,7 +305,8 @@ def prepare(model: nn.Module, batch: Batch) -> list[Part]:
         if chunk.pixel_values is not None:
             # The vision tower and the projector are frozen: once a step is enough.
             with torch.no_grad():
-                features = model.image_features(chunk.pixel_values.to(model.device))
+                pixel_values = data.move_images(chunk.pixel_values, model.device)
+                features = model.image_features(pixel_values)
         parts.append(Part(chunk, features, seed))
     return parts
 
@@ -385,10 +387,13 @@ NO_PAIR = torch.tensor([-1])
 
 def empty_image_chunk(config) -> Chunk:
     """One black image, in no pair and without a caption."""
+    side = config.vision.image_size
     tokens = config.num_image_tokens
+    if callable(tokens):  # a backbone whose images differ in size
+        tokens = tokens(side, side)
     input_ids = torch.full((1, tokens), config.image_token_id)
     labels = torch.full((1, tokens), IGNORE)
-    pixel_values = torch.zeros(1, 3, config.vision.image_size, config.vision.image_size)
+    pixel_values = torch.zeros(1, 3, side, side)
     return Chunk(input_ids, torch.tensor([tokens - 1]), NO_PAIR, labels, pixel_values)
 
 
@@ -665,7 +670,7 @@ def job(config: TrainConfig) -> None:
         data_path, toy_tests, score = draw_toy_world()
         tests = tests or toy_tests
     _, _, layout, processor = eval.read_folder(
-        config.model, config.image_prompt, config.text_prompt
+        config.model, config.image_prompt, config.text_prompt, config.max_pixels
     )
     dataset = data.CaptionDataset(
         data_path, layout, processor, config.image_root or None, config.contrast
@@ -725,6 +730,7 @@ def load_and_adapt(config, device, dtype, checkpoint: Path | None) -> eval.Embed
         int8=config.int8,
         dtype=dtype,
         mapped=is_sharded,
+        max_pixels=config.max_pixels,
     )
     add_adapters(embedder, config, checkpoint)
     if is_sharded:

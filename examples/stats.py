@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import backbones
 from data import LONG, LONGEST, CaptionDataset, Layout, TextTokenizer, captions_of
 from eval import TOY_MODEL
 from formats.files import InputError, inside
@@ -86,7 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         # Nothing is laid out and no picture is read here, so any number of image tokens will do.
-        layout = Layout(TextTokenizer(args.model), num_image_tokens=1)
+        template = backbones.family_of(args.model).template
+        layout = Layout(TextTokenizer(args.model), num_image_tokens=1, template=template)
         dataset = CaptionDataset(args.data, layout, processor=None, image_root=args.images)
         stats(dataset)
     except (InputError, OSError) as error:
