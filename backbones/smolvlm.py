@@ -278,12 +278,12 @@ class SmolVLM(Llava):
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write a new Hugging Face folder; see `Llava.save_pretrained`."""
-        tensors = self.base_tensors()
         content = self.config.to_dict()
         content["torch_dtype"] = str(self.dtype).removeprefix("torch.")
-        # A tied head is the embedding; stored twice, it would be read as two.
-        if self.config.text.tie_word_embeddings:
-            tensors.pop("lm_head.weight")
-        stored = {stored_name(name): tensor for name, tensor in tensors.items()}
-        stop_tokens = list(self.config.eos_token_ids)
-        hf.write_folder(Path(folder), stored, content, stop_tokens, max_shard_bytes)
+        hf.write_folder(
+            Path(folder),
+            hf.stored_tensors(self.base_tensors(), stored_name, content),
+            content,
+            list(self.config.eos_token_ids),
+            max_shard_bytes,
+        )

@@ -494,11 +494,19 @@ def write_llava(
     tensors = dict(tensors)
     tensors["vision_tower.post_layernorm.weight"] = torch.ones(width, dtype=dtype)
     tensors["vision_tower.post_layernorm.bias"] = torch.zeros(width, dtype=dtype)
+    stored = stored_tensors(tensors, old_name, config)
+    write_folder(folder, stored, config, stop_tokens, max_shard_bytes)
+
+
+def stored_tensors(
+    tensors: dict[str, torch.Tensor], rename: Callable[[str], str], config: dict
+) -> dict[str, torch.Tensor]:
+    """A model's tensors as they are stored. rename: the model's names -> those of the file."""
+    stored = dict(tensors)
     # A tied head is the embedding; stored twice, it would be read as two.
     if config["tie_word_embeddings"]:
-        tensors.pop("lm_head.weight")
-    stored = {old_name(name): tensor for name, tensor in tensors.items()}
-    write_folder(folder, stored, config, stop_tokens, max_shard_bytes)
+        stored.pop("lm_head.weight")
+    return {rename(name): tensor for name, tensor in stored.items()}
 
 
 def write_folder(

@@ -9,7 +9,7 @@ out or misplaced changes the logits. The tokenizer knows bytes and the backbone'
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -71,9 +71,9 @@ class Case:
     released_preprocessor: dict = field(default_factory=dict)
     released_config: dict = field(default_factory=dict)
 
-    @property
-    def released(self) -> dict:
-        return {**self.preprocessor, **self.released_preprocessor}
+    def released(self) -> "Case":
+        """The same with the released files' preprocessing."""
+        return replace(self, preprocessor={**self.preprocessor, **self.released_preprocessor})
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -208,7 +208,81 @@ SMOL = dict(
     },
     released_config={"model_type": "smolvlm"},
 )
+
+
+class QwenCase(Case):
+    def config(self, text_config=(), vision_config=(), **top):
+        width = dict(text_config).get("hidden_size", TEXT["hidden_size"])
+        return super().config(text_config, {"hidden_size": width, **dict(vision_config)}, **top)
+
+    def processor(self, folder):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        return Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+    def inputs(self, pixels):
+        """Cut as the paper's model wants them: rows of (3, 2, p, p), 2 x 2 patches side by side."""
+        p = self.preprocessor["patch_size"]
+        rows = []
+        grids = []
+        for image in pixels:
+            image = image.numpy()
+            height, width = image.shape[1] // p, image.shape[2] // p
+            for block_row in range(0, height, 2):
+                for block_column in range(0, width, 2):
+                    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                        top, left = (block_row + y) * p, (block_column + x) * p
+                        patch = image[:, None, top : top + p, left : left + p]
+                        rows.append(np.concatenate([patch, patch], axis=1).reshape(-1))
+            grids.append([1, height, width])
+        return {
+            "pixel_values": torch.from_numpy(np.stack(rows)),
+            "image_grid_thw": torch.tensor(grids),
+        }
+
+    def token_types(self, input_ids):
+        return {"mm_token_type_ids": (input_ids == self.image_id).int()}
+
+    def reference_name(self, name):
+        if name.startswith("lm_head."):
+            return name
+        return "model." + name.replace("vision_tower", "visual")
+
+    def expand(self, prompt, prepared):
+        count = int(prepared["image_grid_thw"][0].prod()) // 4
+        return prompt.replace("<|image_pad|>", "<|image_pad|>" * count)
+
+
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
+QWEN_TOKENS += ["<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+QWEN = dict(
+    special_tokens=QWEN_TOKENS,
+    image_token="<|image_pad|>",
+    stop_token="<|im_end|>",
+    preprocessor={
+        "min_pixels": 300,
+        "max_pixels": 4000,
+        "patch_size": 8,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "image_processor_type": "Qwen2VLImageProcessor",
+    },
+    text_config=dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 1]}
+    ),
+    vision_config=dict(depth=2, embed_dim=32, num_heads=4, patch_size=8, mlp_ratio=2),
+    top=dict(video_token_id=262, vision_start_token_id=259, vision_end_token_id=260),
+    released_preprocessor={"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14},
+    released_config={"model_type": "qwen2_vl"},
+)
 CASES = {
+    "qwen2_vl": QwenCase(model_type="qwen2_vl", **QWEN),
     "idefics3": SmolCase(model_type="idefics3", **SMOL),
     "smolvlm": SmolCase(model_type="smolvlm", **SMOL),
 }

@@ -79,7 +79,8 @@ def test_pictures_are_prepared_bit_for_bit(made, tmp_path):
 
 
 def test_pictures_are_prepared_bit_for_bit_with_released_settings(case, tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(case.released))
+    case = case.released()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(case.preprocessor))
     (tmp_path / "config.json").write_text(json.dumps(case.released_config))
     processor = backbones.family_of(tmp_path).processor.from_pretrained(tmp_path)
     check_pictures(case, tmp_path, processor, tmp_path)
