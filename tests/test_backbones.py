@@ -4,11 +4,15 @@ gradients, answers, training steps and adapters; and a run of train.py from begi
 
 import json
 import math
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from backbone_cases import CASES, difficult_pictures, pictures, write_captions
+from conftest import PROJECT
 from PIL import Image, ImageOps
 
 import backbones
@@ -360,6 +364,62 @@ def test_a_chunk_that_teaches_nothing(made):
     chunk = train.empty_image_chunk(embedder.model.config)
     hidden = embedder.model(chunk.input_ids, chunk.pixel_values)
     assert hidden.isfinite().all() and (chunk.labels < 0).all()
+
+
+def test_two_processes_with_sharded_layers(made, tmp_path):
+    """torchrun with --shard: the losses of one process, with odd shares of each batch."""
+    case, folder, _, _ = made
+    data_file = write_captions(tmp_path / "data")
+    common = ["--model", str(folder), "--data", str(data_file), "--lora_rank", "4", "--lr", "1e-3"]
+    common += ["--batch_size", "7", "--micro_batch", "2", "--device", "cpu", "--steps", "2"]
+    losses = []
+    for name, start, more in (
+        ("one", [sys.executable], []),
+        ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"], ["--shard"]),
+    ):
+        if more:
+            start += ["--master_port", str(free_port())]
+        out = tmp_path / name
+        command = [*start, "train.py", *common, "--out", str(out), *more]
+        subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
+        lines = (out / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_other_precisions(made, kind):
+    """In bf16 and in int8 it embeds, nearly as in fp32, and answers."""
+    case, folder, _, embedder = made
+    if kind == "int8":
+        other = eval.load_base(folder, "cpu", int8=True)
+    else:
+        other = eval.load_base(folder, "cpu", dtype=torch.bfloat16)
+    for encode, items in ((eval.encode_image, pictures(3)), (eval.encode_text, ["a", "a text"])):
+        similarity = (encode(embedder, items) * encode(other, items)).sum(-1)
+        assert (similarity > 0.98).all()
+    assert len(eval.caption(other, pictures(2), max_new_tokens=3)) == 2
+
+
+def test_a_conversation(made):
+    """examples.chat: the answers are those to the whole conversation, without the cache."""
+    from examples.chat import Conversation
+
+    _, _, _, embedder = made
+    picture = pictures(4)[3]
+    chat = Conversation(embedder, picture, max_new_tokens=6)
+    chat.ask("What is it?")
+    layout = embedder.layout
+    ids = chat.ids + layout.next_question("And why?")
+    (image,) = embedder.prepare([picture])
+    answer = embedder.model.generate([ids], image[None], 6)[0]
+    assert chat.ask("And why?") == embedder.tokenizer.decode(answer)
 
 
 # ---- Adapters
