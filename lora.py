@@ -172,9 +172,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def loss_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the losses, such as the temperature, by name: those of the model itself, not
-    of one of its parts. They are trained, but belong to no adapter."""
-    return dict(model.named_parameters(recurse=False))
+    """What the losses learn, such as the temperature, by name: the trained parameters of the model
+    itself, not of one of its parts. They belong to no adapter."""
+    named = model.named_parameters(recurse=False)
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 @contextmanager
@@ -243,11 +244,12 @@ def save_adapter(model: nn.Module, folder: str | Path, notes: dict[str, str] | N
         tensors = {}
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
-                tensors[peft.peft_name(name)] = parameter
+                tensors[peft.peft_name(name, model.language_model_name)] = parameter
         peft.write_tensors(folder / "adapter_model.safetensors", tensors, notes)
         settings = dict(vars(lora_layers[0].config))
         targets = settings.pop("targets")
-        peft.write_config(folder / "adapter_config.json", settings, targets)
+        path = folder / "adapter_config.json"
+        peft.write_config(path, settings, targets, model.language_model_name)
     embedding = model.language_model.embed_tokens
     if isinstance(embedding, SoftPrompt):
         tensors = {"soft_prompt.image": embedding.image, "soft_prompt.text": embedding.text}

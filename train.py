@@ -67,6 +67,7 @@ class TrainConfig:
     tests: str = setting(
         "", "a tests.json, see eval.evaluate (none: no tables; the toy has its own)"
     )
+    max_pixels: int = setting(0, "largest picture, where sizes differ (0: as the files say)")
     out: str = setting("runs/toy", "run folder; a former run in it is replaced, nothing else")
 
     # The batch.
@@ -102,7 +103,9 @@ class TrainConfig:
     seed: int = setting(0, "of LoRA's start and dropout, the order of data, the captions chosen")
 
     # Memory and speed: the same numbers.
-    fast: bool = setting(True, "lean layers and losses (--no-fast: the plain ones that one reads)")
+    fast: bool = setting(
+        True, "lean layers and losses, the same but for rounding (--no-fast: plain)"
+    )
     gradient_cache: bool = setting(False, "hold one micro-batch's activations at a time")
     checkpoint_layers: int = setting(0, "first layers that are computed again instead of held")
     int8: bool = setting(False, "hold the language model's frozen layers in int8")
@@ -140,7 +143,7 @@ class TrainConfig:
         for name in ("lr", "soft_lr", "temperature_lr", "weight_decay", *weights):
             if not 0 <= getattr(self, name) < math.inf:
                 faults.append(f"{name} must lie in [0, inf)")
-        for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed"):
+        for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed", "max_pixels"):
             if not 0 <= getattr(self, name) < 2**32:
                 faults.append(f"{name} must lie in [0, 2^32)")
         for name in ("lora_rank", "workers"):
@@ -180,10 +183,13 @@ def defaults(model: str) -> dict:
 #
 # A loss called NAME is weighed by the setting NAME_weight; 0 leaves it out. For one more, add a
 # function to one of the two tables below, and its weight to TrainConfig.
+#
+# A loss of embeddings sees all pairs of the global batch, in every process, and returns the whole
+# loss. A loss of captions sees one chunk, and returns its share: a sum divided by num_tokens.
 
 
 def contrastive(model, images, texts, config):
-    """Short captions. images, texts: (B, D), the embeddings of all pairs of the global batch."""
+    """Short captions. images, texts: (B, D), row i of both a pair, of any length (norm)."""
     loss = contrastive_loss
     if config.fast:
         loss = fast.twin(
@@ -217,9 +223,10 @@ def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[s
     """Forward and backward of one batch; gradients are added to the parameters'.
 
     One forward pass of an image serves both losses. Its hidden state at the summary position, the
-    last token of the prompt, is its embedding; the states after it predict the long caption, which
-    the summary cannot see, since attention is causal. So both losses train LoRA and the image
-    prompt; the text prompt and the temperature learn from the contrastive loss alone.
+    last token of the prompt, is its embedding. That state also predicts the first token of the long
+    caption, and those after it the rest; the summary cannot see the caption, since attention is
+    causal. So both losses train LoRA and the image prompt; the text prompt and the temperature
+    learn from the contrastive loss alone.
 
     Args:
         model: a backbone with adapters and a temperature, as `add_adapters` leaves it.
@@ -273,7 +280,7 @@ def backward_whole(model, batch, num_tokens, weights, config) -> dict[str, torch
     for part in parts:
         hidden, summaries = encode(model, part)
         embeddings.append(summaries)
-        # Caption: what stands behind the summary of an image predicts its long caption.
+        # Caption: an image's states from the summary on predict its long caption.
         for name, loss in caption_losses(model, part, hidden, num_tokens, weights, config).items():
             losses[name] = losses[name] + loss
 
@@ -326,7 +333,7 @@ class Part:
     """A chunk, and what it takes to send it through the model twice in the same way."""
 
     chunk: Chunk
-    image_features: torch.Tensor | None  # (b, N, D) what stands at the image tokens
+    image_features: torch.Tensor | list | None  # what stands at the image tokens
     seed: int  # of the dropout masks
 
 
@@ -340,7 +347,8 @@ def prepare(model: nn.Module, batch: Batch) -> list[Part]:
         if chunk.pixel_values is not None:
             # The vision tower and the projector are frozen: once a step is enough.
             with torch.no_grad():
-                features = model.image_features(chunk.pixel_values.to(model.device))
+                pixel_values = data.move_images(chunk.pixel_values, model.device)
+                features = model.image_features(pixel_values)
         parts.append(Part(chunk, features, seed))
     return parts
 
@@ -423,10 +431,13 @@ def empty_text_chunk() -> Chunk:
 
 def empty_image_chunk(config) -> Chunk:
     """One image, in no pair and without a caption."""
+    side = config.vision.image_size
     tokens = config.num_image_tokens
+    if callable(tokens):  # a backbone whose images differ in size
+        tokens = tokens(side, side)
     input_ids = torch.full((1, tokens), config.image_token_id)
     labels = torch.full((1, tokens), IGNORE)
-    pixel_values = torch.zeros(1, 3, config.vision.image_size, config.vision.image_size)
+    pixel_values = torch.zeros(1, 3, side, side)
     summary = torch.tensor([tokens - 1])
     return Chunk(input_ids, summary, torch.tensor([NO_PAIR]), labels, pixel_values)
 
@@ -593,8 +604,7 @@ def train(
     with bar, log, signals.StopRequests() as stop:
         for step, batch in enumerate(bar, first_step):
             if step == first_step and batch.images:
-                _, free = memory.held_and_free(model.device)
-                memory.report(memory.estimate(config, model, batch), free)
+                say_memory(model, batch, config)
 
             losses = training_step(model, batch, config)
             if step == first_step:
@@ -651,9 +661,22 @@ def save(
     )
 
 
+def say_memory(model: nn.Module, batch: Batch, config: TrainConfig) -> None:
+    """What training will take, by its first batch."""
+    if not weights_of(EMBEDDING_LOSSES, config):
+        batch = dataclasses.replace(batch, texts=[])  # as training_step does
+    _, free = memory.held_and_free(model.device)
+    memory.report(memory.estimate(config, model, batch), free)
+
+
 def say_what_no_loss_reaches(model: nn.Module) -> None:
     """Parameters without a gradient after the first step: switched off, or forgotten in a loss."""
-    names = [name for name, p in trainable_parameters(model).items() if p.grad is None]
+    names = []
+    for name, parameter in trainable_parameters(model).items():
+        # (LoRA's A has a gradient of zeros as long as its B is zero.)
+        is_zero = parameter.grad is None or not parameter.grad.any()
+        if is_zero and ".lora_A." not in name:
+            names.append(name)
     if names:
         tqdm.write(f"no loss reaches {', '.join(names[:5])}; it stays as it is")
 
@@ -739,7 +762,7 @@ def job(config: TrainConfig) -> None:
     if tests == "none":
         tests = ""
     _, _, layout, processor = eval.read_folder(
-        config.model, config.image_prompt, config.text_prompt
+        config.model, config.image_prompt, config.text_prompt, config.max_pixels
     )
     dataset = data.CaptionDataset(
         data_path, layout, processor, config.image_root or None, config.contrast
@@ -837,6 +860,7 @@ def load_and_adapt(config, device, dtype, checkpoint: Path | None) -> eval.Embed
         int8=config.int8,
         dtype=dtype,
         mapped=is_sharded,
+        max_pixels=config.max_pixels,
     )
     add_adapters(embedder, config, checkpoint)
     if is_sharded:

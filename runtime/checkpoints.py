@@ -181,6 +181,8 @@ def load(
     try:
         tensors = load_file(folder / "training_state.safetensors")
         for name, parameter in loss_parameters.items():
+            if name not in tensors:
+                raise ValueError(f"it holds no {name}; another loss made it")
             parameter.data.copy_(tensors[name])
         for name, parameter in learning.items():
             if f"{name}.step" in tensors:  # else it never had a gradient

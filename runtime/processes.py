@@ -117,7 +117,11 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
     mesh = device_mesh.init_device_mesh(device.type, (world_size(),))
     learning = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    layers = [*model.vision_tower.encoder.layers, *model.language_model.layers]
+    vision_layers = []  # a tower keeps them in a list, wherever it is
+    for module in model.vision_tower.modules():
+        if isinstance(module, nn.ModuleList):
+            vision_layers += module
+    layers = [*vision_layers, *model.language_model.layers]
     for module in (*layers, model.vision_tower, model.language_model, model):
         # What an inner module has spread is spread: outer ones hold the rest.
         held = set()
