@@ -594,7 +594,9 @@ class CaptionDataset(Dataset):
             commonest = self.faults.most_common(5)
             counts = "; ".join(f"{count} x {reason}" for reason, count in commonest)
             share = f"{faulty} of {faulty + usable} lines cannot be used"
-            advice = "other people's files: python -m examples.convert makes them such lines"
+            advice = what_it_may_be(self.path)
+            if "download" not in advice or "incomplete" in advice:
+                advice = "python -m examples.convert makes such lines of other people's files"
             raise InputError(f"{self.path}: {share}, {first_fault} ({counts}); {advice}")
 
     def lines(self) -> Iterator[bytes]:

@@ -21,6 +21,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
+import hashlib
 import json
 import math
 import shlex
@@ -709,7 +710,9 @@ def job(config: TrainConfig) -> None:
     if checkpoint and (out / "results.json").exists():
         results = read_json(out / "results.json")
     before = results.get("untrained")
-    if not isinstance(before, dict):
+    digest = digest_of_tests(tests)
+    # Two tables of different tests have no difference.
+    if not isinstance(before, dict) or results.get("tests", digest) != digest:
         with lora.adapters_disabled(embedder.model):
             before = measure(embedder, tests, score)
     if before["tables"]:
@@ -719,6 +722,7 @@ def job(config: TrainConfig) -> None:
     # Only when all of this has worked may the folder change.
     everyone(len(data.ResumableSampler(dataset.units, config.batch_size, 1)))
     results = {"before": before["tables"], "seed": config.seed, "untrained": before}
+    results["tests"] = digest
     if rank() == 0:
         checkpoints.start_run_folder(out, dataclasses.asdict(config), goes_on=checkpoint)
         write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -734,6 +738,22 @@ def job(config: TrainConfig) -> None:
     print(f"{results['seconds']:.0f} s. The run is in {out}. Next, for example:")
     print(f"  python eval.py caption {before['picture'] or 'IMAGE'} --model {out}")
     print("  python train.py --help")
+
+
+def digest_of_tests(tests: str) -> str:
+    """SHA-256 of a tests.json and of the files that it names; "" where there is none."""
+    if not tests:
+        return ""
+    files = [Path(tests)]
+    for settings in read_json(tests).values():
+        if isinstance(settings, dict) and isinstance(settings.get("file"), str):
+            file = Path(tests).parent / settings["file"]
+            files += sorted(file.glob("*.json")) if file.is_dir() else [file]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():  # who reads it says what is missing
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def refuse_changed_data(checkpoint: Path, dataset, config: TrainConfig) -> None:

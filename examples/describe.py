@@ -30,7 +30,7 @@ from eval import (
     tell,
 )
 from formats.captions import pictures_in
-from formats.files import InputError, LeftOut
+from formats.files import InputError, LeftOut, without_surrogates
 from runtime.embeddings import digest_of_file
 from runtime.gallery import gallery
 
@@ -157,7 +157,7 @@ def look(records: list[dict], args: argparse.Namespace) -> None:
         text = " / ".join(record["short"] + record["long"])
         print(f"{record['image']}: {text}")
         picture = open_image(args.images / record["image"])
-        rows.append((text, [(picture, False, record["image"])]))
+        rows.append((text, [(picture, False, without_surrogates(record["image"]))]))
     if rows:
         sheet = args.out.with_suffix(".look.png")
         gallery(sheet, rows, size=192)

@@ -252,11 +252,16 @@ def clean(values) -> Captions:
         fault = fault_of_caption(value)
         if fault:
             kept.others[fault] += 1
-        elif value.strip() in kept.captions:
+        elif stripped(value) in kept.captions:
             kept.others[SAID_BEFORE] += 1
         else:
-            kept.captions.append(value.strip())
+            kept.captions.append(stripped(value))
     return kept
+
+
+def stripped(text: str) -> str:
+    """Without white space around it, and without the marks of files that were put together."""
+    return text.strip().strip("\ufeff").strip()
 
 
 def leaves(value) -> Iterator:
@@ -296,9 +301,9 @@ def fault_of_caption(value) -> str | None:
         return PLACEHOLDER
     if not isinstance(value, str):
         return NO_TEXT
-    if not value.strip():
+    if not stripped(value):
         return BLANK
-    if value.strip().lower() in PLACEHOLDERS or LIST_AS_TEXT.fullmatch(value):
+    if stripped(value).lower() in PLACEHOLDERS or LIST_AS_TEXT.fullmatch(value):
         return PLACEHOLDER
     return None
 
@@ -641,13 +646,13 @@ def holds_a_row(cell: str, delimiter: str, columns: int) -> bool:
 def read_folder(path: Path, left_out: LeftOut) -> Iterator[dict]:
     """Pictures, each with a .txt of the same name beside it, one caption a line."""
     pictures = []
-    texts = set()
+    texts = {}  # by their name in lower case: 0.TXT belongs to 0.jpg
     for file in files_in(path, left_out):
         ending = file.suffix.lower()
         if ending in PICTURE_ENDINGS:
             pictures.append(file)
         elif ending in CAPTION_ENDINGS:
-            texts.add(file)
+            texts[str(file).lower()] = file
         elif ending in OTHER_PICTURES:
             left_out.add(f"pictures ending in {ending}, which are not read", file)
         elif file.name.lower().endswith(COMPRESSED_TARS):
@@ -657,13 +662,15 @@ def read_folder(path: Path, left_out: LeftOut) -> Iterator[dict]:
     for image in sorted(pictures):
         captions = []
         for ending in CAPTION_ENDINGS:
-            text = image.with_suffix(ending)
-            if text in texts:
-                used.add(text)
-                captions += lines_of(text, left_out)
+            # photo.txt or photo.jpg.txt
+            for name in (image.with_suffix(ending), f"{image}{ending}"):
+                text = texts.get(str(name).lower())
+                if text:
+                    used.add(text)
+                    captions += lines_of(text, left_out)
         # A picture without its .txt is yielded too, so that it is counted as one without a caption.
         yield {"image": image.relative_to(path).as_posix(), "captions": captions}
-    for text in sorted(texts - used):
+    for text in sorted(set(texts.values()) - used):
         left_out.add("texts without a picture of that name", text)
 
 

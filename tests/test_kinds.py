@@ -126,6 +126,8 @@ LISTS = {
     "behind.txt": "tench {0}\ngoldfish {1}\ngreat white shark {2}",
     "more.txt": "{0} tench\nn09999999 not here\n{1} goldfish\n{2} great white shark",
     "numbers.txt": "0: tench\n1: goldfish\n2: great white shark",
+    "numbers_behind.csv": "tench,0\ngoldfish,1\ngreat white shark,2",
+    "pythons.txt": "{{0: 'tench',\n 1: 'goldfish',\n 2: 'great white shark'}}",
     "from_one.txt": "2\tgoldfish\n1\ttench\n3\tgreat white shark",
     "mark.txt": "\ufefftench\r\ngoldfish\r\ngreat white shark\r\n",
     "synonyms.json": '{{"{0}": ["tench", "x"], "{2}": ["great white shark"], "{1}": ["goldfish"]}}',
@@ -367,6 +369,16 @@ def test_marks_are_dropped_everywhere(tmp_path, images, model_folder):
             path.write_bytes(BOM + path.read_bytes())
     read_folder(model_folder)
     assert shards_with_a_mark(tmp_path) == [["a red square"]]
+
+
+def test_texts_by_other_names(tmp_path, images):
+    """0.TXT, photo.jpg.txt, and a mark in the middle of files that were put together."""
+    (images / "a.TXT").write_text("one")
+    (images / "deep" / "b.jpg.txt").write_text("two\n\ufeffthree\n", encoding="utf-8")
+    (images / "alone.txt").write_text("four")
+    records, counts = converted(images, tmp_path, images)
+    assert [record["captions"] for record in records] == [["one"], ["two", "three"]]
+    assert counts == {"written": 2, "no caption": 1, "texts without a picture of that name": 1}
 
 
 def shards_with_a_mark(tmp_path):
