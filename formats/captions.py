@@ -74,9 +74,22 @@ PLACEHOLDERS = {"nan", "-nan", "none", "null", "nil", "n/a", "#n/a", "na", "<na>
 def pictures_in(folder: str | Path, left_out: LeftOut | None = None) -> list[Path]:
     """The pictures in a folder and in the folders below it, by their names' endings, in order.
 
-    What programs put there, such as .ipynb_checkpoints, is not among them; `left_out` counts it."""
+    What programs put there, such as .ipynb_checkpoints, is not among them, nor are pictures of kinds
+    that are not read, such as .tif; `left_out` counts both."""
     left_out = LeftOut() if left_out is None else left_out
-    return sorted(path for path in files_in(Path(folder), left_out) if is_picture(path.name))
+    pictures = []
+    for path in files_in(Path(folder), left_out):
+        if is_picture(path.name):
+            pictures.append(path)
+        else:
+            count_other_picture(path, left_out)
+    return sorted(pictures)
+
+
+def count_other_picture(path: Path, left_out: LeftOut) -> None:
+    ending = path.suffix.lower()
+    if ending in OTHER_PICTURES:
+        left_out.add(f"pictures ending in {ending}, which are not read: save them as JPEG", path)
 
 
 def is_picture(name: str) -> bool:
@@ -653,10 +666,10 @@ def read_folder(path: Path, left_out: LeftOut) -> Iterator[dict]:
             pictures.append(file)
         elif ending in CAPTION_ENDINGS:
             texts[str(file).lower()] = file
-        elif ending in OTHER_PICTURES:
-            left_out.add(f"pictures ending in {ending}, which are not read", file)
         elif file.name.lower().endswith(COMPRESSED_TARS):
             left_out.add("compressed shards, which are not read: unpack them with gunzip", file)
+        else:
+            count_other_picture(file, left_out)
 
     used = set()
     for image in sorted(pictures):

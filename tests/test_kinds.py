@@ -702,6 +702,16 @@ def test_an_adapter_of_pickle(tmp_path):
         peft.read_tensors(tmp_path / "adapter_model.safetensors")
 
 
+def test_pictures_of_other_kinds_are_counted(images, tmp_path):
+    for name in ("x.tif", "deep/y.HEIC", "z.avif", "notes.md"):
+        (images / name).write_bytes(b"")
+    left_out = LeftOut()
+    assert len(pictures_in(images, left_out)) == 3 and left_out.total() == 3
+    (images / "a.txt").write_text("one")
+    _, counts = converted(images, tmp_path, images)
+    assert counts["pictures ending in .heic, which are not read: save them as JPEG"] == 1
+
+
 def test_folders_and_patterns_of_pictures(images, tmp_path):
     deep = [images / "000000000009.jpg", images / "a.jpg"]
     assert list_pictures([images]) == sorted([*deep, images / "deep/b.jpg"])
