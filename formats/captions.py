@@ -74,8 +74,8 @@ PLACEHOLDERS = {"nan", "-nan", "none", "null", "nil", "n/a", "#n/a", "na", "<na>
 def pictures_in(folder: str | Path, left_out: LeftOut | None = None) -> list[Path]:
     """The pictures in a folder and in the folders below it, by their names' endings, in order.
 
-    What programs put there, such as .ipynb_checkpoints, is not among them, nor are pictures of kinds
-    that are not read, such as .tif; `left_out` counts both."""
+    What programs put there, such as .ipynb_checkpoints, is not among them, nor are pictures of
+    kinds that are not read, such as .tif; `left_out` counts both."""
     left_out = LeftOut() if left_out is None else left_out
     pictures = []
     for path in files_in(Path(folder), left_out):
@@ -103,9 +103,9 @@ def files_in(root: Path, left_out: LeftOut) -> Iterator[Path]:
         folder = Path(name)
         # os.walk goes into those that are left in the list.
         folders[:] = [
-            each for each in folders if is_to_be_read(root, folder / each, seen, left_out)
+            each for each in sorted(folders) if is_to_be_read(root, folder / each, seen, left_out)
         ]
-        for each in files:
+        for each in sorted(files):
             path = folder / each
             if is_hidden(each):
                 if is_picture(each):
@@ -773,7 +773,8 @@ class ShardMembers:
         ending = "." + ending.lower()
         if member.isdir():
             return
-        if any(is_hidden(part) and part != "." for part in member.name.split("/")):
+        parts = [part for part in member.name.split("/") if part not in (".", "..")]
+        if any(is_hidden(part) for part in parts):
             left_out.add("members that are hidden copies", place)
         elif not member.isreg():  # a link could lead anywhere
             left_out.add("members that are no files but links", place)
