@@ -47,8 +47,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from formats.captions import LIST_AS_TEXT, PLACEHOLDER, fault_of_caption
 from formats.files import InputError, inside, read_json, what_it_may_be, without_surrogates
+from formats.records import LIST_AS_TEXT, PLACEHOLDER, fault_of_caption
 from losses import IGNORE
 
 # The paper's hand-written prompts. Soft prompts begin as these.

@@ -29,8 +29,8 @@ from eval import (
     positive,
     tell,
 )
-from formats.captions import pictures_in
 from formats.files import InputError, LeftOut, without_surrogates
+from formats.pictures import pictures_in
 from runtime.embeddings import digest_of_file
 from runtime.gallery import gallery
 

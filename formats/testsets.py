@@ -17,18 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from formats.captions import (
-    PICTURE_ENDINGS,
     Unusable,
     captions_of,
-    fault_of_caption,
     has_lines,
     id_of,
     items_in,
     karpathys_name,
-    leaves,
     picture_of,
-    pictures_in,
-    stripped,
 )
 from formats.files import (
     InputError,
@@ -39,6 +34,8 @@ from formats.files import (
     read_json,
     read_text,
 )
+from formats.pictures import PICTURE_ENDINGS, pictures_in
+from formats.records import fault_of_caption, leaves, stripped
 
 
 def read_retrieval(

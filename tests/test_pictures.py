@@ -11,8 +11,8 @@ import train
 from data import LONG, CaptionDataset, open_image
 from eval import TOY_MODEL, caption
 from examples import describe, hold_out, search
-from formats.captions import pictures_in
 from formats.files import InputError
+from formats.pictures import pictures_in
 
 
 @pytest.fixture
