@@ -910,6 +910,17 @@ MAY_CHANGE = {
 MAY_CHANGE |= {"micro_batch", "gradient_cache", "checkpoint_layers", "fast"}
 
 
+# Paths, which may be others where the old ones are gone: fingerprints tell whether what is there
+# now is what was there.
+MOVABLE = {"model", "data", "image_root", "tests"}
+
+
+def is_gone(path: str) -> bool:
+    # os.path: it takes any text, such as a name that is too long.
+    from_root = os.path.join(eval.ROOT, path)
+    return bool(path) and not os.path.exists(path) and not os.path.exists(from_root)
+
+
 def settings(given: dict) -> TrainConfig:
     """The flags that were given; with --resume, on top of the run's own.
 
@@ -935,6 +946,9 @@ def settings(given: dict) -> TrainConfig:
         is_whole_number = types.get(name) is float and type(value) is int
         if type(value) is not types.get(name) and not is_whole_number:
             faults.append(f"{path} has {name} = {value!r}, which is not a setting")
+        elif name in MOVABLE and is_gone(value):
+            if name not in given:
+                faults.append(f"{name} {value} is gone; if it has moved, say --{name} NEW_PLACE")
         elif name in given and name not in MAY_CHANGE and given[name] != value:
             faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
     if faults:

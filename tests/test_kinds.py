@@ -869,6 +869,23 @@ def test_changed_data_is_not_gone_on_with(small_world, tmp_path, capsys, change)
         train.main([*go_on[:-1], "5"])
 
 
+def test_a_run_goes_on_where_its_files_have_moved(small_world, tmp_path):
+    """The new place has to be said, and what is there has to be the same."""
+    shutil.copytree(small_world, tmp_path / "world")
+    shutil.copytree(TOY_MODEL, tmp_path / "base")
+    small_run(tmp_path / "world", tmp_path / "run", "--model", str(tmp_path / "base"))
+    (tmp_path / "world").rename(tmp_path / "moved")
+    (tmp_path / "base").rename(tmp_path / "moved base")
+    go_on = ["--resume", "--out", str(tmp_path / "run"), "--steps", "3"]
+    with pytest.raises(SystemExit, match="model .* is gone; .*data .* is gone; if it has moved"):
+        train.main(go_on)
+    places = ["--model", str(tmp_path / "moved base")]
+    places += ["--data", str(tmp_path / "moved/train.jsonl")]
+    train.main([*go_on, *places])
+    with pytest.raises(SystemExit, match="--data is .*, the run in"):
+        train.main([*go_on[:-1], "4", "--data", str(small_world / "train.jsonl")])
+
+
 def test_other_files_as_training_data_are_told_what_to_do(tmp_path, toy):
     path = write(tmp_path, "blip.json", [{"image": "0.jpg", "caption": "A red square."}])
     with pytest.raises(InputError, match="python -m examples.convert"):
