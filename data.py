@@ -47,7 +47,14 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from formats.files import InputError, inside, read_json, what_it_may_be, without_surrogates
+from formats.files import (
+    InputError,
+    inside,
+    read_json,
+    read_text,
+    what_it_may_be,
+    without_surrogates,
+)
 from formats.records import LIST_AS_TEXT, PLACEHOLDER, fault_of_caption
 from losses import IGNORE
 
@@ -78,8 +85,9 @@ class TextTokenizer:
         if not path.is_file():
             advice = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
             raise InputError(f"{path}: no such file; transformers' {advice}")
+        content = read_text(path)
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_str(content)
             # A file may have been saved with either; we want a text's own ids, all of them.
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
@@ -299,6 +307,8 @@ def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.I
                 rgb = to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, not a picture") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS
         raise InputError(f"{name}: more than {limit} pixels; scale the image down") from None

@@ -92,7 +92,7 @@ class ShardMembers:
     ) -> None:
         """Note one member, or count it."""
         place = f"{shard}: {member.name}"
-        stem, _, ending = member.name.rpartition(".")
+        stem, _, ending = member.name.removeprefix("./").rpartition(".")
         ending = "." + ending.lower()
         if member.isdir():
             return

@@ -96,6 +96,17 @@ def test_other_files_are_not_written_into(photos, tmp_path, line):
     assert out.read_text() == line + "\n"
 
 
+def test_a_picture_that_was_replaced_is_told(photos, tmp_path):
+    """Its caption would be another picture's."""
+    out = tmp_path / "captions.jsonl"
+    run(photos, out, "--max_new_tokens", "40")
+    shutil.copy(photos / "01.png", photos / "00.png")
+    (photos / "a copy.png").unlink()
+    (photos / "01.png").unlink()
+    with pytest.raises(SystemExit, match="line 1: 00.png is another picture now"):
+        run(photos, out)
+
+
 def test_a_folder_without_pictures(tmp_path):
     with pytest.raises(SystemExit, match="no picture"):
         run(tmp_path, tmp_path / "out.jsonl")
