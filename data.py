@@ -47,8 +47,15 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from formats.captions import LIST_AS_TEXT, PLACEHOLDER, fault_of_caption
-from formats.files import InputError, inside, read_json, what_it_may_be, without_surrogates
+from formats.files import (
+    InputError,
+    inside,
+    read_json,
+    read_text,
+    what_it_may_be,
+    without_surrogates,
+)
+from formats.records import LIST_AS_TEXT, PLACEHOLDER, fault_of_caption
 from losses import IGNORE
 
 # The paper's hand-written prompts. Soft prompts begin as these.
@@ -78,8 +85,9 @@ class TextTokenizer:
         if not path.is_file():
             advice = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
             raise InputError(f"{path}: no such file; transformers' {advice}")
+        content = read_text(path)
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_str(content)
             # A file may have been saved with either; we want a text's own ids, all of them.
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
@@ -360,6 +368,8 @@ def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.I
                 rgb = to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, not a picture") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS
         raise InputError(f"{name}: more than {limit} pixels; scale the image down") from None
@@ -687,7 +697,9 @@ class CaptionDataset(Dataset):
             commonest = self.faults.most_common(5)
             counts = "; ".join(f"{count} x {reason}" for reason, count in commonest)
             share = f"{faulty} of {faulty + usable} lines cannot be used"
-            advice = "other people's files: python -m examples.convert makes them such lines"
+            advice = what_it_may_be(self.path)
+            if "download" not in advice or "incomplete" in advice:
+                advice = "python -m examples.convert makes such lines of other people's files"
             raise InputError(f"{self.path}: {share}, {first_fault} ({counts}); {advice}")
 
     def lines(self) -> Iterator[bytes]:

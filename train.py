@@ -21,6 +21,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
+import hashlib
 import json
 import math
 import shlex
@@ -772,7 +773,8 @@ def job(config: TrainConfig) -> None:
     embedder = load_and_adapt(config, device, dtype, checkpoint)
 
     # The base model first: with adapters off it is what it was, to the last bit.
-    before = measured_before(out) if checkpoint else None
+    digest = digest_of_tests(tests)
+    before = measured_before(out, digest) if checkpoint else None
     if before is None:
         with lora.adapters_disabled(embedder.model):
             before = measure(embedder, tests, score)
@@ -784,6 +786,7 @@ def job(config: TrainConfig) -> None:
     data.check_batch_size(len(dataset), config.batch_size)
     processes.wait_for_all()
     results = {"before": before["tables"], "seed": config.seed, "untrained": before}
+    results["tests"] = digest
     if rank() == 0:
         checkpoints.start_run_folder(out, dataclasses.asdict(config), goes_on=checkpoint)
         write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -813,13 +816,33 @@ def find_checkpoint(out: Path) -> Path | None:
     return checkpoint
 
 
-def measured_before(out: Path) -> dict | None:
-    """What an earlier process has measured of the untrained model, if it has."""
+def measured_before(out: Path, digest: str) -> dict | None:
+    """What an earlier process has measured of the untrained model, if it has, on the same tests."""
     path = out / "results.json"
     if not path.exists():
         return None
-    before = read_json(path).get("untrained")
-    return before if isinstance(before, dict) else None
+    results = read_json(path)
+    before = results.get("untrained")
+    # Two tables of different tests have no difference.
+    if not isinstance(before, dict) or results.get("tests", digest) != digest:
+        return None
+    return before
+
+
+def digest_of_tests(tests: str) -> str:
+    """SHA-256 of a tests.json and of the files that it names; "" where there is none."""
+    if not tests:
+        return ""
+    files = [Path(tests)]
+    for settings in read_json(tests).values():
+        if isinstance(settings, dict) and isinstance(settings.get("file"), str):
+            file = Path(tests).parent / settings["file"]
+            files += sorted(file.glob("*.json")) if file.is_dir() else [file]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():  # who reads it says what is missing
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def refuse_changed_data(checkpoint: Path, dataset, config: TrainConfig) -> None:
@@ -1001,6 +1024,17 @@ MAY_CHANGE = {
 MAY_CHANGE |= {"micro_batch", "gradient_cache", "checkpoint_layers", "fast"}
 
 
+# Paths, which may be others where the old ones are gone: fingerprints tell whether what is there
+# now is what was there.
+MOVABLE = {"model", "data", "image_root", "tests"}
+
+
+def is_gone(path: str) -> bool:
+    # os.path: it takes any text, such as a name that is too long.
+    from_root = os.path.join(eval.ROOT, path)
+    return bool(path) and not os.path.exists(path) and not os.path.exists(from_root)
+
+
 def settings(given: dict) -> TrainConfig:
     """The flags that were given; with --resume, on top of the run's own.
 
@@ -1026,6 +1060,9 @@ def settings(given: dict) -> TrainConfig:
         is_whole_number = types.get(name) is float and type(value) is int
         if type(value) is not types.get(name) and not is_whole_number:
             faults.append(f"{path} has {name} = {value!r}, which is not a setting")
+        elif name in MOVABLE and is_gone(value):
+            if name not in given:
+                faults.append(f"{name} {value} is gone; if it has moved, say --{name} NEW_PLACE")
         elif name in given and name not in MAY_CHANGE and given[name] != value:
             faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
     for name in types.keys() - saved.keys():
