@@ -510,6 +510,13 @@ def test_a_head_of_its_own_or_none(case, tmp_path, is_tied):
     assert (logits - expected).abs().max() < TOLERANCE
 
 
+def test_the_table_of_what_they_need_is_what_the_estimate_says():
+    from benchmarks.backbones import lines
+
+    text = (PROJECT / "docs" / "models.md").read_text()
+    assert "\n".join(lines()) in text
+
+
 # ---- A run, from the beginning to what others open
 def test_train_resume_table_caption_export(made, tmp_path, capsys):
     """train.py from random weights: trained, stopped and gone on with, tested, asked, exported;
