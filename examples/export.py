@@ -219,6 +219,8 @@ def write_processor_config(out: Path, embedder: Embedder) -> None:
     path = out / "processor_config.json"
     processor = read_json(path) if path.exists() else {}
     processor.update(embedder.model.config.processor_keys())
+    if "image_token" in processor:
+        processor["image_token"] = embedder.layout.template.image_token
     images = out / "preprocessor_config.json"
     if images.exists():
         write_json(images, {**read_json(images), **embedder.processor.changes})
