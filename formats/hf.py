@@ -79,7 +79,7 @@ def refuse_unsupported(path: Path, raw: dict, supported: Collection[str]) -> Non
         known = ", ".join(repr(name) for name in supported)
         raise InputError(
             f"{path}: model_type is {model_type!r}; only {known} is supported ('llava' is "
-            "LLaVA-1.5 and the interleave models, not LLaVA-NeXT or OneVision)"
+            "LLaVA-1.5 and the interleave models, not LLaVA-NeXT)"
         )
     # The second key is that of re-uploads for mlx, whose weights are packed.
     if raw.get("quantization_config") or raw.get("quantization"):
@@ -88,14 +88,16 @@ def refuse_unsupported(path: Path, raw: dict, supported: Collection[str]) -> Non
         )
 
 
-def read_llava_config(folder: Path, llava_class, vision_class, text_class):
+def read_llava_config(
+    folder: Path, llava_class, vision_class, text_class, model_type: str = "llava"
+):
     """Read the config.json and generation_config.json of a LLaVA folder into three dataclasses.
 
     llava_class: has the fields `vision` and `text`, of the other two classes, and
     `eos_token_ids`; the other fields are keys of config.json. Returns a llava_class.
     Raises InputError for keys of a wrong type and for what is not implemented."""
     path = folder / "config.json"
-    raw = read_config(folder, supported=("llava",))
+    raw = read_config(folder, supported=(model_type,))
     if isinstance(raw.get("vision_feature_layer"), list):
         raise InputError(f"{path}: vision_feature_layer is a list; only one is supported")
 
