@@ -53,8 +53,8 @@ from data import (
     stack_images,
 )
 from fast.int8 import quantize
-from formats.captions import is_picture, pictures_in
 from formats.files import InputError, LeftOut, read_json
+from formats.pictures import is_picture, pictures_in
 from formats.testsets import (
     read_domains,
     read_imagenet,

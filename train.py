@@ -45,7 +45,7 @@ from data import IMAGE_PROMPT, NO_PAIR, TEXT_PROMPT, Batch, Chunk
 from formats.files import InputError, read_json, write_whole
 from lora import trainable_parameters
 from losses import IGNORE, contrastive_loss, cross_entropy
-from runtime import checkpoints, memory, processes, signals
+from runtime import checkpoints, memory, processes, resuming, signals
 from runtime.gallery import gallery
 from runtime.log import RunLog
 from runtime.processes import everyone, gather_rows, rank, world_size
@@ -768,11 +768,14 @@ def job(config: TrainConfig) -> None:
         data_path, layout, processor, config.image_root or None, config.contrast
     )
     if checkpoint:
-        refuse_changed_data(checkpoint, dataset, config)
+        resuming.refuse_changed_data(
+            checkpoint, data_path, dataset.fingerprint(), config.changed_data
+        )
     embedder = load_and_adapt(config, device, dtype, checkpoint)
 
     # The base model first: with adapters off it is what it was, to the last bit.
-    before = measured_before(out) if checkpoint else None
+    digest = resuming.digest_of_tests(tests)
+    before = resuming.measured_before(out, digest) if checkpoint else None
     if before is None:
         with lora.adapters_disabled(embedder.model):
             before = measure(embedder, tests, score)
@@ -784,6 +787,7 @@ def job(config: TrainConfig) -> None:
     data.check_batch_size(len(dataset), config.batch_size)
     processes.wait_for_all()
     results = {"before": before["tables"], "seed": config.seed, "untrained": before}
+    results["tests"] = digest
     if rank() == 0:
         checkpoints.start_run_folder(out, dataclasses.asdict(config), goes_on=checkpoint)
         write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -811,32 +815,6 @@ def find_checkpoint(out: Path) -> Path | None:
             "it must be a shared folder"
         )
     return checkpoint
-
-
-def measured_before(out: Path) -> dict | None:
-    """What an earlier process has measured of the untrained model, if it has."""
-    path = out / "results.json"
-    if not path.exists():
-        return None
-    before = read_json(path).get("untrained")
-    return before if isinstance(before, dict) else None
-
-
-def refuse_changed_data(checkpoint: Path, dataset, config: TrainConfig) -> None:
-    """Raise InputError where a run would go on with other data than it began with.
-
-    (Another base model, or other prompts, are refused when the adapters are loaded.)"""
-    before = checkpoints.notes(checkpoint).get("data")
-    now = dataset.fingerprint()
-    if not isinstance(before, dict) or before == now:
-        return  # checkpoints of old have no fingerprint
-    changed = [name for name in now if before.get(name) != now[name]]
-    found = f"{dataset.path}: its {' and '.join(changed)} have changed since {checkpoint}"
-    if config.changed_data:
-        print(f"--changed_data: {found}; batches are others from here on")
-        return
-    advice = "get the old ones back, or go on with the new ones: --changed_data"
-    raise InputError(f"--resume: {found}; {advice}")
 
 
 def draw_toy_world() -> tuple[str, str, object]:
@@ -985,18 +963,9 @@ def opened(row: list) -> list:
 
 # ---- The command
 
-# What may change when a run goes on: the rest decides which numbers come out.
-MAY_CHANGE = {
-    "out",
-    "resume",
-    "steps",
-    "device",
-    "workers",
-    "save_every",
-    "keep",
-    "shard",
-    "changed_data",
-}
+# What may be another when a run goes on: the rest decides which numbers come out.
+MAY_CHANGE = {"out", "resume", "changed_data", "steps", "device", "workers", "shard"}
+MAY_CHANGE |= {"save_every", "keep"}
 # Exact but for rounding and dropout masks.
 MAY_CHANGE |= {"micro_batch", "gradient_cache", "checkpoint_layers", "fast"}
 
@@ -1006,35 +975,16 @@ def settings(given: dict) -> TrainConfig:
 
     Raises InputError where they contradict."""
     given = dict(given)
-    for name in ("model", "data", "image_root", "tests"):
+    for name in resuming.PATHS:
         # A run must find its files from any folder. The default model is looked for in ours.
         if given.get(name) and given[name] not in (TrainConfig.model, "none"):
             given[name] = str(Path(given[name]).resolve())
-    new = TrainConfig(**defaults(given.get("model", TrainConfig.model)) | given)
-    if not given.get("resume"):
-        return new
     path = Path(given.get("out", TrainConfig.out)) / "config.json"
-    if not path.exists() and not checkpoints.newest(path.parent):
-        return new  # there is no run yet: it starts here
-
-    saved = read_json(path)
-    if "steps" not in saved:
-        raise InputError(f"{path}: has no steps, so it is not a run's config.json")
-    types = {setting.name: setting.type for setting in dataclasses.fields(TrainConfig)}
-    faults = []
-    for name, value in saved.items():
-        is_whole_number = types.get(name) is float and type(value) is int
-        if type(value) is not types.get(name) and not is_whole_number:
-            faults.append(f"{path} has {name} = {value!r}, which is not a setting")
-        elif name in given and name not in MAY_CHANGE and given[name] != value:
-            faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
-    for name in types.keys() - saved.keys():
-        # What its default does now, that run did not do.
-        faults.append(f"{path} lacks {name}, which this version of train.py has; set it there")
-    if faults:
-        found = "; ".join(faults)
-        raise InputError(f"--resume: {found}; leave these flags out, or choose another --out")
-    saved.pop("changed_data", None)  # said once, it holds for that one time
+    is_new = not path.exists() and not checkpoints.newest(path.parent)
+    if is_new or not given.get("resume"):
+        return TrainConfig(**defaults(given.get("model", TrainConfig.model)) | given)
+    types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    saved = resuming.read_settings(path, types, given, MAY_CHANGE, eval.ROOT)
     return TrainConfig(**saved | given)
 
 

@@ -29,8 +29,8 @@ from eval import (
     positive,
     tell,
 )
-from formats.captions import pictures_in
-from formats.files import InputError, LeftOut
+from formats.files import InputError, LeftOut, without_surrogates
+from formats.pictures import pictures_in
 from runtime.embeddings import digest_of_file
 from runtime.gallery import gallery
 
@@ -42,8 +42,10 @@ WARMTH = 0.7  # temperature of the second short caption: other words for the sam
 def describe(embedder: Embedder, args: argparse.Namespace) -> None:
     """Write the lines that are missing, of the first dozen pictures or of all."""
     left_out = LeftOut()
-    names = distinct_pictures(args.images, left_out)
+    digests = distinct_pictures(args.images, left_out)
+    names = list(digests)
     lines = lines_done(args.out, Path(args.model).name)
+    check_pictures(lines, digests, args.out)
     done = {record["image"] for record in lines}
     wanted = names if args.all else names[:LOOK]
     missing = [name for name in wanted if name not in done]
@@ -55,6 +57,7 @@ def describe(embedder: Embedder, args: argparse.Namespace) -> None:
         for start in tqdm(range(0, len(missing), args.batch), desc="describing", unit=" batches"):
             some = missing[start : start + args.batch]
             for record in records_of(embedder, some, args, left_out):
+                record["sha256"] = digests[record["image"]]
                 file.write(encoded(record))
                 lines.append(record)
             file.flush()
@@ -68,10 +71,11 @@ def describe(embedder: Embedder, args: argparse.Namespace) -> None:
         print(f"  python -m examples.hold_out {args.out} --images {args.images}")
 
 
-def distinct_pictures(folder: Path, left_out: LeftOut) -> list[str]:
-    """The names of the pictures below a folder, of copies the first only. Raises InputError.
+def distinct_pictures(folder: Path, left_out: LeftOut) -> dict[str, str]:
+    """The pictures below a folder, by name, with their digests; of copies the first only.
 
-    A copy would be a picture's negative in the contrastive loss, with the same captions."""
+    A copy would be a picture's negative in the contrastive loss, with the same captions.
+    Raises InputError where there is none."""
     first_of = {}
     for path in tqdm(pictures_in(folder, left_out), desc="looking", delay=2, leave=False):
         digest = digest_of_file(path)
@@ -81,7 +85,20 @@ def distinct_pictures(folder: Path, left_out: LeftOut) -> list[str]:
             first_of[digest] = path.relative_to(folder).as_posix()
     if not first_of:
         raise InputError(f"{folder}: there is no picture in this folder")
-    return list(first_of.values())
+    return {name: digest for digest, name in first_of.items()}
+
+
+def check_pictures(lines: list[dict], digests: dict[str, str], out: Path) -> None:
+    """Raise InputError where a picture is another one than was described under its name."""
+    for number, record in enumerate(lines, start=1):
+        name = record["image"]
+        if name not in digests:
+            found = f"{name} is gone, or a copy of another picture"
+        elif record.get("sha256") != digests[name]:
+            found = f"{name} is another picture now"
+        else:
+            continue
+        raise InputError(f"{out}, line {number}: {found}; delete this line")
 
 
 def encoded(record: dict) -> bytes:
@@ -157,7 +174,7 @@ def look(records: list[dict], args: argparse.Namespace) -> None:
         text = " / ".join(record["short"] + record["long"])
         print(f"{record['image']}: {text}")
         picture = open_image(args.images / record["image"])
-        rows.append((text, [(picture, False, record["image"])]))
+        rows.append((text, [(picture, False, without_surrogates(record["image"]))]))
     if rows:
         sheet = args.out.with_suffix(".look.png")
         gallery(sheet, rows, size=192)

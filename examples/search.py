@@ -25,8 +25,8 @@ from eval import (
     positive,
     tell,
 )
-from formats.captions import pictures_in
 from formats.files import InputError, LeftOut
+from formats.pictures import pictures_in
 from runtime.gallery import gallery
 
 AT_A_TIME = 64  # pictures that are read and embedded together

@@ -20,107 +20,37 @@ those that begin with "members" files in a tar, all others records; what is writ
 counted is all there is in the source.
 """
 
-import ast
-import csv
 import json
-import math
 import os
-import re
-import tarfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
-from tqdm import tqdm
-
 from formats.files import (
     InputError,
     LeftOut,
-    allowed_roots,
     as_on_disk,
     decoded,
     fields_of,
     inside,
-    is_hidden,
     open_text,
     read_json,
     what_it_may_be,
 )
-
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-# Pictures too, that data.py does not open.
-OTHER_PICTURES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd")
-CAPTION_ENDINGS = (".txt", ".caption")
-COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-MEGABYTE = 2**20
-
-# Under which names people's files have a picture's path, and its captions.
-PICTURE_KEYS = (
-    *("image", "images", "file_name", "filename", "image_file", "image_path", "image_name"),
-    *("filepath", "file_path", "file", "path", "img"),
+from formats.pictures import files_in, pictures_in
+from formats.records import (
+    CAPTION_ENDINGS,
+    CAPTION_KEYS,
+    OTHER_CAPTION_KEYS,
+    PICTURE_KEYS,
+    SAID_BEFORE,
+    Captions,
+    clean,
+    is_for_training,
 )
-CAPTION_KEYS = ("caption", "captions", "short", "long")
-# Where there is none of those, the first of these.
-OTHER_CAPTION_KEYS = ("text", "description", "caption_str", "comment", "sentences", "title")
-
-# What programs write where there is no caption.
-PLACEHOLDERS = {"nan", "-nan", "none", "null", "nil", "n/a", "#n/a", "na", "<na>", "undefined"}
-
-
-# ---- Folders
-
-
-def pictures_in(folder: str | Path, left_out: LeftOut | None = None) -> list[Path]:
-    """The pictures in a folder and in the folders below it, by their names' endings, in order.
-
-    What programs put there, such as .ipynb_checkpoints, is not among them; `left_out` counts it."""
-    left_out = LeftOut() if left_out is None else left_out
-    return sorted(path for path in files_in(Path(folder), left_out) if is_picture(path.name))
-
-
-def is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURE_ENDINGS)
-
-
-def files_in(root: Path, left_out: LeftOut) -> Iterator[Path]:
-    """All files in a folder and below it; hidden pictures and links to elsewhere are counted."""
-    seen = set()  # folders that links led to
-    for name, folders, files in os.walk(root, followlinks=True):
-        folder = Path(name)
-        # os.walk goes into those that are left in the list.
-        folders[:] = [
-            each for each in folders if is_to_be_read(root, folder / each, seen, left_out)
-        ]
-        for each in files:
-            path = folder / each
-            if is_hidden(each):
-                if is_picture(each):
-                    left_out.add("hidden copies of pictures", path)
-            elif path.is_file():
-                yield path
-
-
-def is_to_be_read(root: Path, folder: Path, seen: set[Path], left_out: LeftOut) -> bool:
-    """Does a folder below `root` hold pictures of the user's, that are not read elsewhere?"""
-    if is_hidden(folder.name):
-        for _, _, files in os.walk(folder):
-            for name in filter(is_picture, files):
-                left_out.add("hidden copies of pictures", folder / name)
-        return False
-    if not folder.is_symlink():
-        return True
-    # A link into the root leads to what is read anyway; and a loop must end.
-    target = folder.resolve()
-    if target in seen or target.is_relative_to(root.resolve()):
-        return False
-    seen.add(target)
-    if any(target.is_relative_to(each.resolve()) for each in allowed_roots()):
-        return True
-    advice = "NANOVLADVA_ROOTS=FOLDER allows one"
-    left_out.add(f"linked folders that lie elsewhere; {advice}", f"{folder} -> {target}")
-    return False
-
+from formats.shards import COMPRESSED_TARS, read_shards, shards_in
+from formats.tables import read_table
 
 # ---- From any source to our lines
 
@@ -213,93 +143,6 @@ def fault_of(image: str, kept: "Captions", image_root: Path) -> str | None:
         return "no such picture"
     if not kept.captions:
         return kept.fault
-    return None
-
-
-# ---- What is a caption, and what is none
-
-BLANK = "captions that are blank or null"
-PLACEHOLDER = "captions that are placeholders, such as nan or None"
-NO_TEXT = "captions that are no text"
-SAID_BEFORE = "captions that the picture has already"
-
-
-class Captions:
-    """The captions of a record, and how many others were left out of it, by the reason."""
-
-    def __init__(self):
-        self.captions: list[str] = []
-        self.others = Counter()
-
-    @property
-    def fault(self) -> str:
-        """Why there is none."""
-        if PLACEHOLDER in self.others:
-            return "no caption but a placeholder, such as nan or None"
-        if NO_TEXT in self.others:
-            return "no caption that is text"
-        return "no caption"
-
-    def count(self, left_out: LeftOut, image: str) -> None:
-        for reason, number in self.others.items():
-            left_out.add(reason, image, number)
-
-
-def clean(values) -> Captions:
-    """A file's captions, whatever they are -> those that are captions, stripped, each once."""
-    kept = Captions()
-    for value in leaves(values):
-        fault = fault_of_caption(value)
-        if fault:
-            kept.others[fault] += 1
-        elif value.strip() in kept.captions:
-            kept.others[SAID_BEFORE] += 1
-        else:
-            kept.captions.append(value.strip())
-    return kept
-
-
-def leaves(value) -> Iterator:
-    """What stands in lists inside of lists; a text that is a list is one too."""
-    if isinstance(value, list):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, str) and LIST_AS_TEXT.fullmatch(value):
-        # What is quoted in there is a text, whatever it looks like.
-        items = LIST_ITEM.findall(value)
-        yield from (unquoted(item) for item in items)
-        if not items:
-            yield value
-    else:
-        yield value
-
-
-# What Python, JSON or NumPy, which puts no commas between, print of a list: ['one', "two"], [nan]
-LIST_ITEM = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|None|null|nan""")
-LIST_AS_TEXT = re.compile(
-    rf"\s*[\[(]\s*(?:(?:{LIST_ITEM.pattern})(?:[,\s]+(?:{LIST_ITEM.pattern}))*)?,?\s*[\])]\s*"
-)
-
-
-def unquoted(item: str) -> str | None:
-    try:
-        return ast.literal_eval(item)
-    except (ValueError, SyntaxError):  # null, nan, and escapes that Python does not know
-        return item[1:-1] if item[0] in "'\"" else None
-
-
-def fault_of_caption(value) -> str | None:
-    """Why something is no caption, or None."""
-    if value is None:
-        return BLANK
-    if isinstance(value, float) and math.isnan(value):
-        return PLACEHOLDER
-    if not isinstance(value, str):
-        return NO_TEXT
-    if not value.strip():
-        return BLANK
-    if value.strip().lower() in PLACEHOLDERS or LIST_AS_TEXT.fullmatch(value):
-        return PLACEHOLDER
     return None
 
 
@@ -444,12 +287,6 @@ def captions_of(item: dict) -> list:
     return values
 
 
-def is_for_training(split) -> bool:
-    if not isinstance(split, str):
-        return True
-    return split.lower().startswith("train") or split.lower() == "restval"
-
-
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -523,147 +360,32 @@ def karpathys_name(image: dict) -> str:
     return str(PurePosixPath(image.get("filepath", ""), image["filename"]))
 
 
-# ---- The readers: tables
-
-CAPTION_COLUMN = re.compile(r"captions?([ ._-]?\d+)?|caption[ _-](short|long|text|raw)|short|long")
-
-
-def read_table(path: Path, left_out: LeftOut) -> Iterator[dict]:
-    """CSV or TSV: a column of pictures, such as "image", and columns of captions.
-
-    Raises InputError, with the line, where cells do not fit their columns."""
-    # newline="": a line break inside of quotes belongs to its caption.
-    with open_text(path, newline="") as file:
-        header = file.readline()
-        delimiter = delimiter_of(path, header)
-        lines = KeptLines(header, file)
-        csv.field_size_limit(16 * MEGABYTE)
-        # strict: else a quote that never ends swallows the rows behind it without a word.
-        rows = csv.reader(
-            lines, delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t"
-        )
-        begins = 0
-        try:
-            names = [name.strip().lower() for name in next(rows, [])]
-            picture, captions = columns_of(path, names, left_out)
-            split = names.index("split") if "split" in names else None
-            begins = rows.line_num
-            for row in rows:
-                place = f"{path}, line {begins + 1}"
-                begins = rows.line_num
-                if not any(cell.strip() for cell in row):
-                    continue
-                check_row(row, names, delimiter, place)
-                row += [""] * (len(names) - len(row))  # a row that is too short
-                if split is not None and row[split] and not is_for_training(row[split]):
-                    left_out.add("of a split for tests", place)
-                    continue
-                # An empty cell is no caption, of which there may be fewer than columns.
-                yield {
-                    "image": row[picture].strip(),
-                    "captions": [row[index] for index in captions if row[index].strip()],
-                }
-        except csv.Error as error:
-            place = f"{path}, behind line {begins}"
-            raise InputError(f"{place}: {error}; {QUOTES}") from None
-
-
-QUOTES = "see to the quotes: a cell that begins with one must end with one, and others are doubled"
-
-
-class KeptLines:
-    """The first line, then the others of a file; some files end lines with a bare \\r."""
-
-    def __init__(self, first: str, file: TextIO):
-        self.first = first
-        self.file = file
-
-    def __iter__(self) -> Iterator[str]:
-        yield self.first
-        yield from self.file
-
-
-def delimiter_of(path: Path, header: str) -> str:
-    """What stands between the names of the columns, whatever the file's ending says."""
-    by_ending = "\t" if path.suffix.lower() == ".tsv" else ","
-    candidates = [by_ending, "\t", ",", ";", "|"]
-    for delimiter in candidates:
-        names = [name.strip().strip('"').lower() for name in header.split(delimiter)]
-        if any(name in PICTURE_KEYS for name in names) and len(names) > 1:
-            return delimiter
-    return by_ending
-
-
-def columns_of(path: Path, names: list[str], left_out: LeftOut) -> tuple[int, list[int]]:
-    """The places of the column of pictures and of those of captions. Raises InputError."""
-    pictures = [index for index, name in enumerate(names) if name in PICTURE_KEYS]
-    captions = [index for index, name in enumerate(names) if CAPTION_COLUMN.fullmatch(name)]
-    if not captions:
-        captions = [index for index, name in enumerate(names) if name in OTHER_CAPTION_KEYS][:1]
-    # "image" before "path", where a table has both.
-    pictures.sort(key=lambda index: PICTURE_KEYS.index(names[index]))
-    if not pictures or not captions:
-        advice = "the first line must name a column image and a column caption"
-        raise InputError(f"{path}: {advice}; it is {names[:6]}")
-    if names.count(names[pictures[0]]) > 1:
-        raise InputError(f"{path}: two columns are named {names[pictures[0]]}; rename one")
-    for index, name in enumerate(names):
-        # Such as caption_id and caption_lang. What is a caption, the user may know better.
-        if name.startswith("caption") and index not in captions:
-            left_out.add("column named like captions and not read; caption_1 would be", name)
-    return pictures[0], captions
-
-
-def check_row(row: list[str], names: list[str], delimiter: str, place: str) -> None:
-    """Raise InputError for a row that holds more than its columns, or another row."""
-    surplus = row[len(names) :]
-    if any(cell.strip() for cell in surplus):
-        found = f"{len(row)} cells for {len(names)} columns"
-        raise InputError(f"{place}: {found}; put captions that hold {delimiter!r} into quotes")
-    for cell in row:
-        if "\n" in cell and holds_a_row(cell, delimiter, len(names)):
-            raise InputError(f"{place}: a cell between quotes holds whole rows; {QUOTES}")
-
-
-def holds_a_row(cell: str, delimiter: str, columns: int) -> bool:
-    """Has a cell of several lines swallowed what were rows?"""
-    for line in cell.splitlines():
-        if any(is_picture(part.strip()) for part in line.split(delimiter)):
-            return True
-    # Tabs hardly stand in captions. As many as rows would have are rows.
-    breaks = cell.count("\n")
-    return delimiter == "\t" and columns > 1 and cell.count("\t") >= breaks * (columns - 1)
-
-
-# ---- The readers: folders and shards
+# ---- The readers: a folder
 
 
 def read_folder(path: Path, left_out: LeftOut) -> Iterator[dict]:
     """Pictures, each with a .txt of the same name beside it, one caption a line."""
-    pictures = []
-    texts = set()
-    for file in files_in(path, left_out):
-        ending = file.suffix.lower()
-        if ending in PICTURE_ENDINGS:
-            pictures.append(file)
-        elif ending in CAPTION_ENDINGS:
-            texts.add(file)
-        elif ending in OTHER_PICTURES:
-            left_out.add(f"pictures ending in {ending}, which are not read", file)
+    pictures = pictures_in(path, left_out)
+    texts = {}  # by their name in lower case: 0.TXT belongs to 0.jpg
+    for file in files_in(path, LeftOut()):  # what is hidden was counted with the pictures
+        if file.suffix.lower() in CAPTION_ENDINGS:
+            texts[str(file).lower()] = file
         elif file.name.lower().endswith(COMPRESSED_TARS):
             left_out.add("compressed shards, which are not read: unpack them with gunzip", file)
 
     used = set()
-    for image in sorted(pictures):
+    for image in pictures:
         captions = []
         for ending in CAPTION_ENDINGS:
-            text = image.with_suffix(ending)
-            if text in texts:
-                used.add(text)
-                captions += lines_of(text, left_out)
+            # photo.txt or photo.jpg.txt
+            for name in (image.with_suffix(ending), f"{image}{ending}"):
+                text = texts.get(str(name).lower())
+                if text:
+                    used.add(text)
+                    captions += lines_of(text, left_out)
         # A picture without its .txt is yielded too, so that it is counted as one without a caption.
         yield {"image": image.relative_to(path).as_posix(), "captions": captions}
-    for text in sorted(texts - used):
+    for text in sorted(set(texts.values()) - used):
         left_out.add("texts without a picture of that name", text)
 
 
@@ -677,196 +399,3 @@ def lines_of(text: Path, left_out: LeftOut) -> list[str]:
         left_out.add(f"texts that cannot be read: {reason}", text)
         return []
     return [line for line in lines if line.strip()]
-
-
-def shards_in(folder: Path, left_out: LeftOut) -> list[Path]:
-    return sorted(path for path in files_in(folder, left_out) if path.suffix.lower() == ".tar")
-
-
-def read_shards(path: Path, left_out: LeftOut) -> Iterator[dict]:
-    """A folder of img2dataset's tar files (CC3M, CC12M), read where they stand."""
-    shards = []
-    for file in sorted(files_in(path, left_out)):
-        if file.suffix.lower() == ".tar":
-            shards.append(file)
-        elif file.name.lower().endswith(COMPRESSED_TARS):
-            left_out.add("compressed shards, which are not read: unpack them with gunzip", file)
-        elif is_picture(file.name):
-            left_out.add("pictures beside the shards, which are not read", file)
-    for shard in tqdm(shards, desc="indexing", unit=" shards"):
-        name = shard.relative_to(path).as_posix()
-        yield from read_shard(shard, name, left_out)
-
-
-COMPRESSION = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-def compression_of(path: Path) -> str | None:
-    with open(path, "rb") as file:
-        head = file.read(6)
-    for magic, name in COMPRESSION.items():
-        if head.startswith(magic):
-            return name
-    return None
-
-
-def read_shard(shard: Path, name: str, left_out: LeftOut) -> Iterator[dict]:
-    """One tar file, where key.jpg, key.txt and key.json follow one another.
-
-    Of a damaged one, what stands in front of the damage is used."""
-    compression = compression_of(shard)
-    if compression:  # a picture in it has no place in the file
-        left_out.add(f"compressed shards ({compression}), which are not read: unpack them", name)
-        return
-    # Kept for one shard only, so a data set of any size can be read.
-    members = ShardMembers()
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                members.read(tar, member, left_out, name)
-            if not ends_here(tar):
-                place = f"{name} is damaged (or two in one) from byte {tar.offset} on"
-                left_out[f"{place}; that was not read"] += 1
-    except (tarfile.TarError, ValueError, OSError) as error:
-        left_out[f"{name} is damaged ({error}); what follows was not read"] += 1
-    for part, captions in members.samples(left_out, name):
-        yield {"image": name, "captions": captions, "part": part}
-
-
-class ShardMembers:
-    """The pictures and texts of one shard, and which belong together.
-
-    000.jpg belongs to 000.txt and 000.json. What has no partner of just its name may have one whose
-    name is the same up to the first dot, 000.image.jpg to 000.caption.txt, if that is clear."""
-
-    def __init__(self):
-        self.pictures = defaultdict(list)  # name without ending -> [offset, bytes] of each
-        self.texts = defaultdict(list)  # name without ending -> text of each .txt
-        self.metadata = defaultdict(list)  # name without ending -> captions of each .json
-
-    def read(
-        self, tar: tarfile.TarFile, member: tarfile.TarInfo, left_out: LeftOut, shard: str
-    ) -> None:
-        """Note one member, or count it."""
-        place = f"{shard}: {member.name}"
-        stem, _, ending = member.name.rpartition(".")
-        ending = "." + ending.lower()
-        if member.isdir():
-            return
-        if any(is_hidden(part) and part != "." for part in member.name.split("/")):
-            left_out.add("members that are hidden copies", place)
-        elif not member.isreg():  # a link could lead anywhere
-            left_out.add("members that are no files but links", place)
-        elif ending in PICTURE_ENDINGS:
-            self.pictures[stem].append([member.offset_data, member.size])
-        elif ending not in (*CAPTION_ENDINGS, ".json"):
-            name = member.name.rpartition("/")[2]
-            kind = f"ending in {ending}" if "." in name else "without an ending"
-            left_out.add(f"members {kind}, which are not read", place)
-        elif member.size >= MEGABYTE:
-            # No captions, and they could fill the memory.
-            left_out.add("members that are texts of more than a megabyte", place)
-        else:
-            self.read_text(stem, ending, tar.extractfile(member).read(), left_out, place)
-
-    def read_text(
-        self, stem: str, ending: str, content: bytes, left_out: LeftOut, place: str
-    ) -> None:
-        try:
-            text = decoded(content, place)
-            if ending == ".json":
-                self.metadata[stem].append(captions_of_metadata(json.loads(text)))
-            else:
-                self.texts[stem].append(text)
-        except InputError:
-            left_out.add("members that are texts and not UTF-8, perhaps Windows' cp1252", place)
-        except (ValueError, AttributeError, RecursionError):
-            left_out.add("a .json in a shard that is no JSON object", place)
-
-    def samples(self, left_out: LeftOut, shard: str) -> Iterator[tuple[list[int], list]]:
-        """([offset, bytes], captions) of every picture, in the order of the shard."""
-        captions_of = {}
-        for stem in self.pictures:
-            # Where there are two pictures, which of them the text describes is not said.
-            if len(self.pictures[stem]) == 1 and self.has_text(stem):
-                captions_of[stem] = self.take(stem)
-        for key in self.join_by_key():
-            picture, words, fields = key
-            captions_of[picture] = self.take(words) + self.take(fields)
-
-        for stem, parts in self.pictures.items():
-            if len(parts) > 1:
-                place = f"{shard}: {stem}"
-                left_out.add("members that are several pictures of one name", place, len(parts))
-                continue
-            yield parts[0], captions_of.get(stem, [])
-        alone = "captions without a picture"
-        for stem in self.texts.keys() | self.metadata.keys():
-            number = len(self.texts.get(stem, [])) + len(self.metadata.get(stem, []))
-            # A picture of two, which was counted, may have metadata without a caption.
-            if self.has_text(stem) or stem not in self.pictures:
-                left_out.add(alone, f"{shard}: {stem}", number)
-
-    def has_text(self, stem: str) -> bool:
-        return stem in self.texts or any(self.metadata.get(stem, []))
-
-    def take(self, stem: str | None) -> list:
-        """The captions under a name, which are not there any more afterwards."""
-        captions = list(self.texts.pop(stem, []))
-        for each in self.metadata.pop(stem, []):
-            # img2dataset writes the same words into both files.
-            captions += [caption for caption in each if caption not in captions]
-        return captions
-
-    def join_by_key(self) -> list[tuple[str, str, str | None]]:
-        """(picture, text, metadata) whose names are the same up to the first dot, and which are the
-        only ones of their kind under that name."""
-        pictures = by_key(stem for stem in self.pictures if not self.has_text(stem))
-        whole = {stem for stem in self.pictures if self.has_text(stem)}
-        texts = by_key(stem for stem in self.texts if stem not in whole)
-        metadata = by_key(
-            stem for stem in self.metadata if stem not in whole and any(self.metadata[stem])
-        )
-        joined = []
-        for key, stems in pictures.items():
-            words = texts.get(key, [])
-            fields = metadata.get(key, [])
-            if len(stems) > 1 or len(self.pictures[stems[0]]) > 1 or len(words) + len(fields) == 0:
-                continue
-            if len(words) <= 1 and len(fields) <= 1:
-                first, second = [*words, *fields, None][:2]
-                joined.append((stems[0], first, second))
-        return joined
-
-
-def by_key(stems: Iterator[str]) -> dict[str, list[str]]:
-    """Names by what stands in front of their first dot; a folder's name may have dots too."""
-    groups = defaultdict(list)
-    for stem in stems:
-        folder, _, name = stem.rpartition("/")
-        groups[f"{folder}/{name.partition('.')[0]}"].append(stem)
-    return groups
-
-
-def captions_of_metadata(fields: dict) -> list:
-    """The captions in img2dataset's .json, none where there are none.
-
-    Raises AttributeError for what is no object."""
-    for key in (*CAPTION_KEYS, "text"):
-        value = fields.get(key)
-        if value is not None:
-            return value if isinstance(value, list) else [value]
-    return []
-
-
-def ends_here(tar: tarfile.TarFile) -> bool:
-    """Are there only zeros behind where Python's reader stopped?
-
-    It stops at the end of an archive, but without a word also at a header that it cannot read."""
-    tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(MEGABYTE)
-    while block:
-        if block.strip(b"\0"):
-            return False
-        block = tar.fileobj.read(MEGABYTE)
-    return True

@@ -10,23 +10,20 @@ missing, broken, empty or of another shape, and for paths that leave the image r
 or null is left out, and counted in `left_out` where one is given.
 """
 
+import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from formats.captions import (
-    PICTURE_ENDINGS,
     Unusable,
     captions_of,
-    fault_of_caption,
     has_lines,
     id_of,
     items_in,
     karpathys_name,
-    leaves,
     picture_of,
-    pictures_in,
 )
 from formats.files import (
     InputError,
@@ -37,6 +34,8 @@ from formats.files import (
     read_json,
     read_text,
 )
+from formats.pictures import PICTURE_ENDINGS, pictures_in
+from formats.records import fault_of_caption, leaves, stripped
 
 
 def read_retrieval(
@@ -90,7 +89,7 @@ def usable(values: list, name: str, left_out: LeftOut) -> list[str]:
         if fault:
             left_out.add(fault, name)
         else:
-            captions.append(value.strip())
+            captions.append(stripped(value))
     return captions
 
 
@@ -178,10 +177,10 @@ def read_imagenet(
     if not names:
         classes = [spaced(folder) for folder in folders]
     elif Path(names).suffix == ".json":
-        classes = classes_of_json(Path(names), folders)
+        content = read_json(names, (dict, list))
+        classes = classes_of_object(Path(names), content, folders)
     else:
-        lines = [line.strip() for line in read_text(names).splitlines() if line.strip()]
-        classes = classes_of_lines(Path(names), lines, folders)
+        classes = classes_of_text(Path(names), read_text(names), folders)
 
     if not folders or len(classes) != len(folders):
         counts = f"{len(classes)} class names for the {len(folders)} folders of {root}"
@@ -237,6 +236,22 @@ def listed_in_order(path: Path, names: list[str], folders: list[str]) -> list[st
 SEPARATORS = (r"\t", r":", r",", r";", r"\s")
 
 
+def classes_of_text(path: Path, text: str, folders: list[str]) -> list[str]:
+    """The names of the classes, in the order of the folders. Raises InputError."""
+    if text.lstrip().startswith(("{", "[")):
+        # A well-known list is a dictionary as Python prints it: {0: 'tench, Tinca tinca', ...}
+        try:
+            content = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            kind = type(error).__name__
+            raise InputError(f"{path}: no list or object, as it begins ({kind})") from None
+        if isinstance(content, dict):
+            content = {str(key): value for key, value in content.items()}
+        return classes_of_object(path, content, folders)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return classes_of_lines(path, lines, folders)
+
+
 def classes_of_lines(path: Path, lines: list[str], folders: list[str]) -> list[str]:
     """The names of the classes, in the order of the folders. Raises InputError."""
     for separator in SEPARATORS:
@@ -246,7 +261,7 @@ def classes_of_lines(path: Path, lines: list[str], folders: list[str]) -> list[s
         name_of = {pair[0]: without_number(pair[1], pairs) for pair in pairs}
         if set(folders) <= set(name_of):
             return [first_synonym(name_of[folder]) for folder in folders]
-        classes = counted(name_of, len(folders)) if len(name_of) == len(lines) else None
+        classes = counted(name_of) if len(name_of) == len(lines) else None
         if classes:
             return listed_in_order(path, classes, folders)
         # The other way round: "tench n01440764".
@@ -254,6 +269,11 @@ def classes_of_lines(path: Path, lines: list[str], folders: list[str]) -> list[s
         name_of = {pair[-1]: pair[0] for pair in pairs}
         if set(folders) <= set(name_of):
             return [first_synonym(name_of[folder]) for folder in folders]
+        # Not behind a space: "digit 0", "digit 1" are names.
+        if separator != r"\s" and len(name_of) == len(lines):
+            classes = counted(name_of)
+            if classes:
+                return listed_in_order(path, [spaced(name) for name in classes], folders)
     refuse_some_ids(path, lines, folders)
     return listed_in_order(path, lines, folders)
 
@@ -265,7 +285,7 @@ def without_number(name: str, pairs: list[list[str]]) -> str:
     return spaced(name)
 
 
-def counted(name_of: dict[str, str], number: int) -> list[str] | None:
+def counted(name_of: dict[str, str]) -> list[str] | None:
     """The names in the order of their keys, where these are 0, 1, ... or 1, 2, ...; else None."""
     if not all(key.isdecimal() for key in name_of):
         return None
@@ -289,8 +309,7 @@ def refuse_some_ids(path: Path, lines: list[str], folders: list[str]) -> None:
             raise InputError(f"{path}: {found}, but not every folder has one; {advice}")
 
 
-def classes_of_json(path: Path, folders: list[str]) -> list[str]:
-    content = read_json(path, (dict, list))
+def classes_of_object(path: Path, content: dict | list, folders: list[str]) -> list[str]:
     with fields_of(path):
         if isinstance(content, list):
             return listed_in_order(path, [spaced(name).strip() for name in content], folders)
@@ -307,7 +326,7 @@ def classes_of_json(path: Path, folders: list[str]) -> list[str]:
                 name_of[key] = value
         classes = None
         if not set(folders) <= set(name_of):
-            classes = counted(name_of, len(folders))
+            classes = counted(name_of)
         if classes:
             classes = [spaced(name).strip() for name in classes]
             return listed_in_order(path, classes, folders)

@@ -14,8 +14,9 @@ from data import CaptionDataset, ImageProcessor, Layout, TextTokenizer
 from eval import TOY_MODEL
 from examples import convert as convert_command
 from examples import stats as stats_command
-from formats.captions import convert, pictures_in
+from formats.captions import convert
 from formats.files import InputError
+from formats.pictures import pictures_in
 
 RED = (200, 30, 30)
 

@@ -17,8 +17,8 @@ from data import open_image
 from eval import TOY_MODEL, caption, encode_image, encode_text, load_embedder
 from examples import fill
 from examples.chat import Conversation
-from formats.captions import pictures_in
 from formats.files import InputError
+from formats.pictures import pictures_in
 from toy import world
 
 EXAMPLES = ("chat", "search", "match", "embed", "fill")  # the others are evaluation's own commands

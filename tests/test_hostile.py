@@ -3,11 +3,13 @@
 NANOVLADVA_FUZZ=2000 python -m pytest tests/test_hostile.py -s    more of them, and how they ended
 """
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 from collections import Counter
@@ -24,7 +26,9 @@ from data import CaptionDataset, ImageProcessor, TextTokenizer, open_image, pars
 from eval import TOY_MODEL, load_base
 from examples import convert as convert_command
 from formats import peft
+from formats.captions import convert
 from formats.files import InputError
+from formats.testsets import read_domains, read_imagenet, read_retrieval
 from lora import load_adapter
 from model import Llava, LlavaConfig
 
@@ -239,6 +243,100 @@ def test_tars(place, offset, new, cut):
         OUTCOMES["tar", "clear error"] += 1
     else:
         OUTCOMES["tar", "read, the rest counted"] += 1
+
+
+# ---- Other people's captions and test sets
+
+
+SOURCES = {
+    "conversations.json": [
+        {
+            "image": "0.jpg",
+            "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}],
+        }
+    ],
+    "list.json": [{"image": "0.jpg", "caption": ["a", "b"], "split": "train"}],
+    "lines.jsonl": {"file_name": "0.jpg", "text": "a", "group": 1, "part": [0, 1]},
+    "narratives.jsonl": {"dataset_id": "mscoco", "image_id": "0", "caption": "a"},
+    "coco.json": {
+        "images": [{"id": 1, "file_name": "0.jpg", "domain": "in-domain"}],
+        "annotations": [{"image_id": 1, "caption": "a"}],
+    },
+    "karpathy.json": {
+        "images": [{"filename": "0.jpg", "split": "train", "sentences": [{"raw": "a"}]}]
+    },
+    "mapping.json": {"0.jpg": ["a", "b"]},
+}
+
+
+def replaced(content, value, index: int):
+    """JSON with one of its values, at any depth, replaced."""
+    content = json.loads(json.dumps(content))
+    places = []
+
+    def visit(node):
+        pairs = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, inner in list(pairs):
+            places.append((node, key))
+            if isinstance(inner, dict | list):
+                visit(inner)
+
+    visit(content)
+    owner, key = places[index % len(places)]
+    owner[key] = value
+    return content
+
+
+def read_or_refused(kind: str, source: Path, place: Path) -> None:
+    """convert, retrieval and nocaps' domains of one source: read, counted, or one clear error."""
+    try:
+        counts = convert(source, place / "out.jsonl", place)
+        assert counts["written"] > 0
+        OUTCOMES[kind, "read, the rest counted"] += 1
+    except InputError as error:
+        assert len(str(error)) > 10
+        OUTCOMES[kind, "clear error"] += 1
+    for read in (read_retrieval, read_domains):
+        with contextlib.suppress(InputError):
+            read(source, place)
+
+
+@FUZZ
+@given(st.sampled_from(list(SOURCES)), st.integers(0, 20), hostile_values)
+def test_sources_of_json(place, name, index, value):
+    (place / "0.jpg").write_bytes(b"")
+    content = json.dumps(replaced(SOURCES[name], value, index))
+    (place / name).write_text(content)
+    read_or_refused("sources of JSON", place / name, place)
+
+
+TABLE = b'image,caption,caption 2\n0.jpg,"a ""red"" circle,\nbig",two\n0.jpg,three\n'
+NAMES = b"n01440764 tench, Tinca\nn01443537 goldfish\n0 one\n1 two\n"
+
+
+@FUZZ
+@given(
+    ending=st.sampled_from([".csv", ".tsv", ".txt", ".jsonl", ".json"]),
+    offset=st.integers(0, 80),
+    new=st.binary(min_size=1, max_size=8) | st.sampled_from([b'"', b"\n", b",", b"\t", b"\r"]),
+    cut=st.booleans(),
+)
+def test_sources_of_bytes(place, ending, offset, new, cut):
+    """Tables, lines and lists of classes with bytes overwritten or cut off."""
+    (place / "0.jpg").write_bytes(b"")
+    content = (
+        TABLE if ending in (".csv", ".tsv", ".txt") else json.dumps(SOURCES["list.json"]).encode()
+    )
+    source = place / f"source{ending}"
+    source.write_bytes(overwritten(content, offset, new, cut))
+    read_or_refused(f"sources {ending}", source, place)
+
+    for folder in ("n01440764", "n01443537", "0", "1"):
+        (place / "classes" / folder).mkdir(parents=True, exist_ok=True)
+        (place / "classes" / folder / "0.jpg").write_bytes(b"")
+    (place / "names.txt").write_bytes(overwritten(NAMES, offset % len(NAMES), new, cut))
+    refused(read_imagenet, place / "classes", place / "names.txt")
+    shutil.rmtree(place / "classes")
 
 
 # ---- Models, adapters, runs

@@ -24,8 +24,9 @@ import train
 from data import CaptionDataset, open_image, parse_record
 from eval import TOY_MODEL, cider_d, list_pictures, load_embedder, read_folder
 from formats import peft
-from formats.captions import clean, pictures_in
 from formats.files import InputError, LeftOut, inside, read_json, read_text
+from formats.pictures import pictures_in
+from formats.records import clean
 from formats.testsets import read_imagenet, read_retrieval, read_sugarcrepe, read_winoground
 from runtime.embeddings import KeptEmbeddings
 
@@ -126,6 +127,8 @@ LISTS = {
     "behind.txt": "tench {0}\ngoldfish {1}\ngreat white shark {2}",
     "more.txt": "{0} tench\nn09999999 not here\n{1} goldfish\n{2} great white shark",
     "numbers.txt": "0: tench\n1: goldfish\n2: great white shark",
+    "numbers_behind.csv": "tench,0\ngoldfish,1\ngreat white shark,2",
+    "pythons.txt": "{{0: 'tench',\n 1: 'goldfish',\n 2: 'great white shark'}}",
     "from_one.txt": "2\tgoldfish\n1\ttench\n3\tgreat white shark",
     "mark.txt": "\ufefftench\r\ngoldfish\r\ngreat white shark\r\n",
     "synonyms.json": '{{"{0}": ["tench", "x"], "{2}": ["great white shark"], "{1}": ["goldfish"]}}',
@@ -240,6 +243,7 @@ def captions_in(folder, tmp_path):
 NAMED_PARTS = {
     "WebDataset's parts": ["s0.input.jpg", "s0.outputs.txt", "s1.input.jpg", "s1.outputs.txt"],
     "dots in the names": ["p.2019.jpg", "p.2019.txt", "p.2020.jpg", "p.2020.txt"],
+    "a folder in front of some": ["./0.jpg", "0.txt", "1.jpg", "./1.txt"],
     "texts first": ["0.txt", "1.txt", "1.jpg", "0.jpg"],
     "other endings": ["0.jfif", "0.caption", "1.JPE", "1.txt"],
     "folders": ["a.b/0.jpg", "a.b/0.txt", "a.c/0.jpg", "a.c/0.txt"],
@@ -252,14 +256,16 @@ def test_no_sample_of_a_shard_is_lost(tmp_path, kind):
     members = {}
     for name in NAMED_PARTS[kind]:
         # The words say to whom they belong.
-        words = f"of {name.rpartition('.')[0].replace('.outputs', '.input').replace('.text', '')}"
+        stem = name.removeprefix("./").rpartition(".")[0]
+        words = f"of {stem.replace('.outputs', '.input').replace('.text', '')}"
         if name.endswith(".json"):
             members[name] = json.dumps({"caption": words}).encode()
         else:
             members[name] = words.encode() if name.endswith((".txt", ".caption")) else picture()
     captions, counts = captions_in(shards_of(tmp_path, members), tmp_path)
     assert len(captions) == 2 and counts == {"written": 2}
-    names = [name.rpartition(".")[0] for name in members if members[name] == picture()]
+    names = [name for name in members if members[name] == picture()]
+    names = [name.removeprefix("./").rpartition(".")[0] for name in names]
     assert captions == [[f"of {name}"] for name in names]
 
 
@@ -363,10 +369,19 @@ def test_marks_are_dropped_everywhere(tmp_path, images, model_folder):
     (tmp_path / "test.json").write_bytes(BOM + json.dumps(items).encode())
     assert read_retrieval(tmp_path / "test.json", images)[0][1] == ["one"]
     for path in model_folder.iterdir():
-        if path.name != "tokenizer.json":  # which the library reads
-            path.write_bytes(BOM + path.read_bytes())
+        path.write_bytes(BOM + path.read_bytes())
     read_folder(model_folder)
     assert shards_with_a_mark(tmp_path) == [["a red square"]]
+
+
+def test_texts_by_other_names(tmp_path, images):
+    """0.TXT, photo.jpg.txt, and a mark in the middle of files that were put together."""
+    (images / "a.TXT").write_text("one")
+    (images / "deep" / "b.jpg.txt").write_text("two\n\ufeffthree\n", encoding="utf-8")
+    (images / "alone.txt").write_text("four")
+    records, counts = converted(images, tmp_path, images)
+    assert [record["captions"] for record in records] == [["one"], ["two", "three"]]
+    assert counts == {"written": 2, "no caption": 1, "texts without a picture of that name": 1}
 
 
 def shards_with_a_mark(tmp_path):
@@ -690,6 +705,16 @@ def test_an_adapter_of_pickle(tmp_path):
         peft.read_tensors(tmp_path / "adapter_model.safetensors")
 
 
+def test_pictures_of_other_kinds_are_counted(images, tmp_path):
+    for name in ("x.tif", "deep/y.HEIC", "z.avif", "notes.md"):
+        (images / name).write_bytes(b"")
+    left_out = LeftOut()
+    assert len(pictures_in(images, left_out)) == 3 and left_out.total() == 3
+    (images / "a.txt").write_text("one")
+    _, counts = converted(images, tmp_path, images)
+    assert counts["pictures ending in .heic, which are not read: save them as JPEG"] == 1
+
+
 def test_folders_and_patterns_of_pictures(images, tmp_path):
     deep = [images / "000000000009.jpg", images / "a.jpg"]
     assert list_pictures([images]) == sorted([*deep, images / "deep/b.jpg"])
@@ -844,6 +869,23 @@ def test_changed_data_is_not_gone_on_with(small_world, tmp_path, capsys, change)
     (world / "train.jsonl").write_text("".join(lines[1:] + lines[:1] + lines[:1]))
     with pytest.raises(SystemExit, match="have changed since"):
         train.main([*go_on[:-1], "5"])
+
+
+def test_a_run_goes_on_where_its_files_have_moved(small_world, tmp_path):
+    """The new place has to be said, and what is there has to be the same."""
+    shutil.copytree(small_world, tmp_path / "world")
+    shutil.copytree(TOY_MODEL, tmp_path / "base")
+    small_run(tmp_path / "world", tmp_path / "run", "--model", str(tmp_path / "base"))
+    (tmp_path / "world").rename(tmp_path / "moved")
+    (tmp_path / "base").rename(tmp_path / "moved base")
+    go_on = ["--resume", "--out", str(tmp_path / "run"), "--steps", "3"]
+    with pytest.raises(SystemExit, match="model .* is gone; .*data .* is gone; if it has moved"):
+        train.main(go_on)
+    places = ["--model", str(tmp_path / "moved base")]
+    places += ["--data", str(tmp_path / "moved/train.jsonl")]
+    train.main([*go_on, *places])
+    with pytest.raises(SystemExit, match="--data is .*, the run in"):
+        train.main([*go_on[:-1], "4", "--data", str(small_world / "train.jsonl")])
 
 
 def test_other_files_as_training_data_are_told_what_to_do(tmp_path, toy):

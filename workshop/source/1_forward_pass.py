@@ -23,7 +23,9 @@ import sys
 from pathlib import Path
 
 here = Path.cwd()  # the project's folder, or workshop/ in it
-ROOT = next(folder for folder in [here, *here.parents] if (folder / "lora.py").exists())
+found = [folder for folder in [here, *here.parents] if (folder / "lora.py").exists()]
+assert found, f"{here} is not in the project's folder: start jupyter there, in a terminal"
+ROOT = found[0]
 sys.path.insert(0, str(ROOT))
 
 import torch
@@ -404,7 +406,7 @@ draw.pictures(pictures[:2], said, columns=2, width=48, side=2.6)
 
 
 # %%
-def no_rotation(positions, head_dim, theta, dtype):
+def no_rotation(positions, head_dim, theta, dtype, scaling):
     B, T = positions.shape
     cos = torch.ones(B, 1, T, head_dim, dtype=dtype)  # cos 0
     sin = torch.zeros(B, 1, T, head_dim, dtype=dtype)  # sin 0

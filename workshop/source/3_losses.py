@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 
 here = Path.cwd()  # the project's folder, or workshop/ in it
-ROOT = next(folder for folder in [here, *here.parents] if (folder / "lora.py").exists())
+found = [folder for folder in [here, *here.parents] if (folder / "lora.py").exists()]
+assert found, f"{here} is not in the project's folder: start jupyter there, in a terminal"
+ROOT = found[0]
 sys.path.insert(0, str(ROOT))
 
 import torch
@@ -45,7 +47,8 @@ dataset = CaptionDataset(WORLD / "train.jsonl", layout, embedder.processor)
 
 
 def picture_of(index):
-    return open_image(dataset.root / dataset.record(index)["image"])
+    record = dataset.record(index)
+    return open_image(dataset.root / record["image"], record.get("part"))
 
 
 # %% [markdown]

@@ -19,7 +19,9 @@ import sys
 from pathlib import Path
 
 here = Path.cwd()  # the project's folder, or workshop/ in it
-ROOT = next(folder for folder in [here, *here.parents] if (folder / "lora.py").exists())
+found = [folder for folder in [here, *here.parents] if (folder / "lora.py").exists()]
+assert found, f"{here} is not in the project's folder: start jupyter there, in a terminal"
+ROOT = found[0]
 sys.path.insert(0, str(ROOT))
 
 import torch
