@@ -75,6 +75,10 @@ def ours_by_page_name(model) -> dict[str, torch.nn.Parameter]:
     return found
 
 
+def open_picture(folder, record) -> Image.Image:
+    return data.open_image(folder / record["image"], record.get("part"))
+
+
 def in_double_precision(page, model) -> None:
     model.double()
     for tensors in (page.frozen, page.learned):
@@ -133,7 +137,7 @@ def test_embeddings_are_those_of_eval(both, small_world, records):
     pixels, short, _ = zip(*[one_page.read_record(small_world, each) for each in records])
     images = page.read_images(pixels, [""] * len(pixels), one_page.IMAGE_PROMPT)[:, 0]
     texts = page.read_texts(short)
-    pictures = [data.open_image(small_world / record["image"]) for record in records]
+    pictures = [open_picture(small_world, record) for record in records]
     normalize = torch.nn.functional.normalize
     expected = eval.encode_image(embedder, pictures)
     torch.testing.assert_close(normalize(images, dim=-1), expected, rtol=0, atol=1e-5)
@@ -147,7 +151,7 @@ def test_recall_and_the_caption_are_those_of_eval(page, toy, small_world):
     pixels, short, _ = zip(*[one_page.read_record(small_world, each) for each in records])
     said = one_page.measure(page, pixels, short)
 
-    pictures = [data.open_image(small_world / record["image"]) for record in records]
+    pictures = [open_picture(small_world, record) for record in records]
     scores = eval.encode_text(toy, list(short)) @ eval.encode_image(toy, pictures).T
     table = eval.recall_at_k(scores, torch.arange(len(pictures)))
     assert f"text to image {table['t2i_r1']:.1f}%" in said
@@ -167,19 +171,24 @@ def test_words_are_tokenized_as_by_the_tokenizer(page, toy, small_world):
     assert list(page.vocabulary.values()) == list(range(len(page.vocabulary)))
 
 
-def test_a_picture_may_be_a_part_of_a_file(page, toy, small_world, records, tmp_path):
-    contents = [(small_world / record["image"]).read_bytes() for record in records]
-    (tmp_path / "pictures.bin").write_bytes(b"".join(contents))
-    offset = 0
-    for record, content in zip(records, contents):
-        alone, *captions = one_page.read_record(small_world, record)
-        part = {**record, "image": "pictures.bin", "part": [offset, len(content)]}
-        together, *same_captions = one_page.read_record(tmp_path, part)
-        offset += len(content)
-        assert torch.equal(alone, together)
-        assert captions == same_captions
-        picture = Image.open(io.BytesIO(content))
-        torch.testing.assert_close(alone, toy.processor(picture), rtol=0, atol=1e-6)
+def test_a_picture_is_a_file_or_a_part_of_one(toy, small_world, records, tmp_path):
+    for record in records:
+        picture = open_picture(small_world, record)
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        (tmp_path / "alone.png").write_bytes(content.getvalue())
+        (tmp_path / "many.bin").write_bytes(b"other" + content.getvalue() + b"pictures")
+        captions = {"short": record["short"], "long": record["long"]}
+        part = [5, len(content.getvalue())]
+        found = [
+            one_page.read_record(small_world, record),
+            one_page.read_record(tmp_path, {"image": "alone.png", **captions}),
+            one_page.read_record(tmp_path, {"image": "many.bin", "part": part, **captions}),
+        ]
+        for pixels, short, long in found:
+            torch.testing.assert_close(pixels, toy.processor(picture), rtol=0, atol=1e-6)
+            assert short == record["short"][0]
+            assert long == record["long"][0] + " </s>"
 
 
 def test_it_runs_and_prints_before_and_after(small_world):
