@@ -152,6 +152,19 @@ class ChatTemplate:
     user: str  # in front of a question
     assistant: str  # between a question and its answer
     end: str  # after an answer, one token
+    # What the templates in this file do without, and those of other backbones need.
+    begin: str = ""  # in front of a conversation, once
+    image_token: str = "<image>"
+    image_turn: str = ""  # in front of a question about an image; empty: user + image_token
+    around_image: tuple[str, str] = ("", "")  # what transformers' processor adds to an image token
+    behind_image: str = "\n"  # between an image and its question
+    answer: str = ""  # in front of an answer's words
+    between: str = ""  # between an answer's end and the next question
+
+    @property
+    def first_turn(self) -> str:
+        """All that stands in front of the first question, where it is about an image."""
+        return self.begin + (self.image_turn or self.user + self.image_token)
 
 
 VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "</s>")  # LLaVA-1.5 and TinyLLaVA, as trained
@@ -178,29 +191,34 @@ class Layout:
     soft_start + 1, ..., which lora.SoftPrompt embeds.
 
     Args:
-        num_image_tokens: N, how many tokens one image takes.
+        num_image_tokens: N, how many tokens one image takes; for models whose images differ in
+            size, a function of (height, width).
         image_prompt, text_prompt: the prompts in words; the attributes of these names hold ids.
         soft_start: the first soft id, or None for hand-written prompts.
+        template: how the model writes a conversation; None: a LLaVA's, as its tokenizer shows.
     Raises:
         InputError: when the tokenizer lacks <image> or the token that ends an answer."""
 
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        num_image_tokens: int,
+        num_image_tokens: int | Callable[[int, int], int],
         image_prompt: str = IMAGE_PROMPT,
         text_prompt: str = TEXT_PROMPT,
         soft_start: int | None = None,
+        template: ChatTemplate | None = None,
     ):
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
-        self.template = CHATML if "<|im_start|>" in tokenizer.special_ids else VICUNA
-        self.image_id = self.special_id("<image>")
-        self.stop_id = self.special_id(self.template.end)
+        if template is None:
+            template = CHATML if "<|im_start|>" in tokenizer.special_ids else VICUNA
+        self.template = template
+        self.image_id = self.special_id(template.image_token)
+        self.stop_id = self.special_id(template.end)
 
         self.prompt_texts = (image_prompt, text_prompt)
         self.image_prompt = self.prompt(image_prompt)
-        self.text_prompt = self.prompt(text_prompt)
+        self.text_prompt = self.fill("\n{text}" + template.assistant, text_prompt)
         # The hand-written tokens, also where soft ids stand for them: soft prompts begin as these.
         self.prompt_ids = self.image_prompt + self.text_prompt
         if soft_start is not None:
@@ -210,13 +228,41 @@ class Layout:
             self.image_prompt = list(range(soft_start, border))
             self.text_prompt = list(range(border, end))
 
-        self.image_prefix = tokenizer.begin + self.fill(self.template.user + "<image>")
-        self.image_summary = len(self.image_side()) - 1  # the summary's position on the image side
+        # What stands in front of an image's tokens, and behind them.
+        first_turn = tokenizer.begin + self.fill(template.first_turn)
+        place = first_turn.index(self.image_id)
+        self.before_image = first_turn[:place]
+        self.behind_image = first_turn[place + 1 :]
+
+    def count_image_tokens(self, image: torch.Tensor | None) -> int:
+        """N of a prepared picture (3, height, width). None will do where all have as many."""
+        if isinstance(self.num_image_tokens, int):
+            return self.num_image_tokens
+        if image is None:
+            raise ValueError("this model's images take different numbers of tokens: give the image")
+        height, width = image.shape[-2:]
+        return self.num_image_tokens(height, width)
+
+    def prefix(self, image: torch.Tensor | None = None) -> list[int]:
+        """What stands in front of the prompt: the beginning, and a prepared picture's tokens."""
+        image_tokens = [self.image_id] * self.count_image_tokens(image)
+        return self.before_image + image_tokens + self.behind_image
+
+    @property
+    def image_prefix(self) -> list[int]:
+        """`prefix`, where all images take as many tokens."""
+        return self.prefix()
+
+    @property
+    def image_summary(self) -> int:
+        """The summary's position on the image side, where all images take as many tokens."""
+        return len(self.image_side()) - 1
 
     def special_id(self, token: str) -> int:
         if token not in self.tokenizer.special_ids:
             raise InputError(
-                f"tokenizer.json has no special token {token!r}; it is not a LLaVA's tokenizer"
+                f"tokenizer.json has no special token {token!r}, which the model's conversations "
+                "need; it is not a LLaVA's tokenizer"
             )
         return self.tokenizer.special_ids[token]
 
@@ -224,31 +270,38 @@ class Layout:
     def notes(self) -> dict[str, str]:
         """What soft prompts depend on, in words: kept with them, compared when they are loaded."""
         image_prompt, text_prompt = self.prompt_texts
-        question = f"{self.template.user}[image or text]\n[prompt]"
-        answer = f"{self.template.assistant}[caption]{self.template.end}"
+        template = self.template
+        question = f"{template.begin}{template.user}[image or text]{template.behind_image}[prompt]"
+        answer = f"{template.assistant}{template.answer}[caption]{template.end}"
         return {
             "image_prompt": image_prompt,
             "text_prompt": text_prompt,
             "template": question + answer,
         }
 
+    def with_prompts(self, image: str, text: str, soft_start: int | None = None) -> "Layout":
+        """The same layout with other prompts."""
+        number = self.num_image_tokens
+        return Layout(self.tokenizer, number, image, text, soft_start, self.template)
+
     def with_soft_prompts(self, soft_start: int) -> "Layout":
         """The same layout, with soft ids in place of the prompts' tokens."""
-        return Layout(self.tokenizer, self.num_image_tokens, *self.prompt_texts, soft_start)
+        return self.with_prompts(*self.prompt_texts, soft_start)
 
     def with_image_prompt(self, text: str) -> "Layout":
         """The same layout with another image prompt, hand-written."""
-        return Layout(self.tokenizer, self.num_image_tokens, text, self.prompt_texts[1])
+        return self.with_prompts(text, self.prompt_texts[1])
 
     def fill(self, template: str, text: str = "") -> list[int]:
         """The ids of a template with {text} filled in.
 
         Special tokens count as such in the template, never in the text."""
+        before, behind = self.template.around_image
+        image_token = self.template.image_token
+        template = template.replace(image_token, before + image_token + behind)
         ids = []
         for part in self.tokenizer.special_pattern.split(template):
-            if part == "<image>":
-                ids.extend([self.image_id] * self.num_image_tokens)
-            elif part in self.tokenizer.special_ids:
+            if part in self.tokenizer.special_ids:
                 ids.append(self.tokenizer.special_ids[part])
             else:
                 plain = part.replace("{text}", text)
@@ -257,31 +310,39 @@ class Layout:
         return ids
 
     def prompt(self, text: str) -> list[int]:
-        """What follows an image or a caption, up to where the model answers."""
-        return self.fill("\n{text}" + self.template.assistant, text)
+        """What follows an image, up to where the model answers."""
+        return self.fill(self.template.behind_image + "{text}" + self.template.assistant, text)
 
-    def image_side(self, caption: list[int] | None = None) -> list[int]:
+    def image_side(
+        self, caption: list[int] | None = None, image: torch.Tensor | None = None
+    ) -> list[int]:
         """An image, its prompt, and the ids of a long caption if there is one.
 
-        The summary at position `image_summary` cannot see the caption: attention is causal."""
-        ids = self.image_prefix + self.image_prompt
+        image: the prepared picture; None will do where all take as many tokens.
+        The summary, at the prompt's last token, cannot see the caption: attention is causal."""
+        ids = self.prefix(image) + self.image_prompt
         if caption:
             ids = ids + caption + [self.stop_id]
         return ids
 
     def text_side(self, caption: str) -> list[int]:
         """A caption and its prompt. The text is summarized at the last position."""
-        caption_ids = self.fill(self.template.user + "{text}", caption.strip())
+        turn = self.template.begin + self.template.user
+        caption_ids = self.fill(turn + "{text}", caption.strip())
         return self.tokenizer.begin + caption_ids + self.text_prompt
 
-    def question(self, text: str) -> list[int]:
-        """The start of a conversation about an image."""
-        return self.image_prefix + self.prompt(text)
+    def answer(self, text: str) -> str:
+        """A caption as the model would say it, to be tokenized on its own."""
+        return self.template.answer + text.strip()
+
+    def question(self, text: str, image: torch.Tensor | None = None) -> list[int]:
+        """The start of a conversation about an image, for which see `image_side`."""
+        return self.prefix(image) + self.prompt(text)
 
     def next_question(self, text: str) -> list[int]:
         """What follows an answer in a conversation."""
-        template = self.template.end + self.template.user + "{text}" + self.template.assistant
-        return self.fill(template, text)
+        turn = self.template.end + self.template.between + self.template.user
+        return self.fill(turn + "{text}" + self.template.assistant, text)
 
 
 # ---- Images
@@ -388,6 +449,9 @@ class ImageProcessor:
     Raises:
         InputError: for a field that is missing, wrong, or asks for what is not implemented."""
 
+    # What transformers must read in preprocessor_config.json to do the same, where files differ.
+    changes: dict = {}
+
     def __init__(self, raw: dict, where: str = "preprocessor_config.json"):
         # What a picture is resized to, in pixels: (height, width) or (shortest edge,).
         # And what the centre crop leaves of it, which comes out: (height, width).
@@ -398,6 +462,10 @@ class ImageProcessor:
         refuse_unless(raw, "do_resize", True, where)
         refuse_unless(raw, "do_normalize", True, where)
         refuse_unless(raw, "do_pad", False, where)
+
+    def limit(self, max_pixels: int) -> None:
+        """Make no picture of more pixels. Raises InputError: here all are of one size."""
+        raise InputError(f"max_pixels: this model's images are all {self.size} pixels")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageProcessor":
@@ -427,8 +495,32 @@ class ImageProcessor:
         top = (height - self.size[0]) // 2
         left = (width - self.size[1]) // 2
         pixels = pixels[top : top + self.size[0], left : left + self.size[1]]
+        return self.normalised(pixels)
+
+    def normalised(self, pixels: np.ndarray) -> torch.Tensor:
+        """(height, width, 3) uint8 -> (3, height, width) fp32."""
         channels = [self.table[channel][pixels[..., channel]] for channel in range(3)]
         return torch.from_numpy(np.stack(channels))
+
+
+def stack_images(images: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    """Prepared pictures (3, height, width) -> (images, 3, height, width).
+
+    Where a model's pictures differ in size they stay a list: a model that makes such takes both."""
+    if len({image.shape for image in images}) > 1:
+        return images
+    return torch.stack(images)
+
+
+def move_images(
+    images: torch.Tensor | list[torch.Tensor],
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor | list[torch.Tensor]:
+    """What `stack_images` gave, on a device and in a dtype."""
+    if torch.is_tensor(images):
+        return images.to(device, dtype)
+    return [image.to(device, dtype) for image in images]
 
 
 def read_field(raw: dict, key: str, convert: Callable, where: str, default=None):
@@ -549,7 +641,8 @@ class CaptionDataset(Dataset):
         self.processor = processor
         self.root = Path(image_root) if image_root else self.path.parent
         self.contrast = contrast
-        self.units: list[int] = []  # a number a record, the same for those that stay neighbours
+        # For each record the number of its unit: records of one unit stay neighbours.
+        self.units: list[int] = []
         self.faults = Counter()  # how many lines were left out, by the reason
         self.digest = ""  # of the whole file
         self.offsets = self.index_lines()  # (records,) int64: the byte where each line begins
@@ -633,7 +726,7 @@ class CaptionDataset(Dataset):
         short = []
         long = []
         for text in captions_of(record):
-            ids = self.layout.tokenizer.encode_sentences(text.strip(), LONGEST)
+            ids = self.layout.tokenizer.encode_sentences(self.layout.answer(text), LONGEST)
             if len(ids) >= LONG:
                 long.append(ids)
             elif ids:
@@ -710,6 +803,13 @@ def is_part(value) -> bool:
     return all(type(number) is int and 0 <= number < 2**48 for number in value)
 
 
+def check_batch_size(records: int, batch_size: int) -> None:
+    """Raise InputError where there are fewer records than a batch needs."""
+    if records < batch_size:
+        found = f"{records} usable records do not fill a batch of {batch_size}"
+        raise InputError(f"{found}; lower the batch size")
+
+
 class ResumableSampler(Sampler):
     """Batches of (record, draw) for `CaptionDataset`.
 
@@ -718,7 +818,7 @@ class ResumableSampler(Sampler):
     them). An epoch's last records that do not fill a batch wait for the next permutation.
 
     Args:
-        units: a number a record, as `CaptionDataset.units`.
+        units: for each record the number of its unit, as `CaptionDataset.units`.
         batch_size: records of a batch, of all processes together.
         steps, first_step: where training ends, and where it goes on.
         places: which of a batch's places are yielded; range(rank, batch_size, processes) is the
@@ -735,11 +835,7 @@ class ResumableSampler(Sampler):
         first_step: int = 0,
         places: range | None = None,
     ):
-        if len(units) < batch_size:
-            raise InputError(
-                f"{len(units)} usable records do not fill a batch of {batch_size}; "
-                "lower the batch size"
-            )
+        check_batch_size(len(units), batch_size)
         self.units = np.asarray(units)
         self.batch_size = batch_size
         self.steps = steps
@@ -753,11 +849,11 @@ class ResumableSampler(Sampler):
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The records of an epoch in their order, and a draw for each of them."""
         generator = np.random.default_rng([self.seed, number])
-        rank_of_unit = generator.permutation(self.units.max() + 1)
-        rank = rank_of_unit[self.units]  # (records,)
-        # Stable: the records of a unit, whose ranks are equal, stay in the file's order.
-        order = np.argsort(rank, kind="stable")
-        draws = generator.integers(2**31, size=len(rank))
+        place_of_unit = generator.permutation(self.units.max() + 1)
+        place = place_of_unit[self.units]  # (records,)
+        # Stable: the records of a unit, whose places are equal, stay in the file's order.
+        order = np.argsort(place, kind="stable")
+        draws = generator.integers(2**31, size=len(place))
         return order, draws
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -785,13 +881,14 @@ class Chunk:
     summary: torch.Tensor  # (b,) int64, the position whose hidden state is the embedding
     pair: torch.Tensor  # (b,) int64, the sequence's place among the contrastive pairs, or NO_PAIR
     labels: torch.Tensor | None = None  # (b, T) int64, the NEXT token, IGNORE outside of captions
-    pixel_values: torch.Tensor | None = None  # (b, 3, height, width) fp32
+    # (b, 3, height, width) fp32; where sizes differ, a list of (3, height, width)
+    pixel_values: torch.Tensor | list[torch.Tensor] | None = None
 
     def to(self, device: torch.device | str) -> "Chunk":
         moved = {}
         for name, value in vars(self).items():
             if value is not None:
-                moved[name] = value.to(device)
+                moved[name] = move_images(value, device)
         return Chunk(**moved)
 
 
@@ -812,6 +909,7 @@ class Sequence:
 
     ids: list[int]
     pair: int
+    summary: int  # the position whose hidden state is the embedding
     pixel_values: torch.Tensor | None = None  # (3, height, width) fp32; images only
 
 
@@ -836,8 +934,8 @@ def collate(
     captions = choose_captions(samples, places, caption_share)
     images, texts = lay_out(samples, captions, layout)
     return Batch(
-        images=make_chunks(images, layout, micro_batch, multiple),
-        texts=make_chunks(texts, layout, micro_batch, multiple),
+        images=make_chunks(images, micro_batch, multiple),
+        texts=make_chunks(texts, micro_batch, multiple),
         num_pairs=len(texts),
         # One more each: the token that ends a caption is learned too.
         num_tokens=sum(len(caption) + 1 for caption in captions if caption),
@@ -871,25 +969,28 @@ def lay_out(
         pair = NO_PAIR
         if sample.short is not None:
             pair = len(texts)
-            texts.append(Sequence(layout.text_side(sample.short), pair))
+            ids = layout.text_side(sample.short)
+            texts.append(Sequence(ids, pair, summary=len(ids) - 1))
         # Neither a partner nor a caption: the sample could not be read.
         if pair != NO_PAIR or caption:
-            images.append(Sequence(layout.image_side(caption), pair, sample.pixel_values))
+            image = sample.pixel_values
+            ids = layout.image_side(caption, image)
+            # The prompt's last token, in front of the caption.
+            summary = len(layout.image_side(image=image)) - 1
+            images.append(Sequence(ids, pair, summary, image))
     return images, texts
 
 
-def make_chunks(
-    sequences: list[Sequence], layout: Layout, micro_batch: int, multiple: int
-) -> list[Chunk]:
+def make_chunks(sequences: list[Sequence], micro_batch: int, multiple: int) -> list[Chunk]:
     """Sequences of similar length together, since padding is computed for nothing."""
     by_length = sorted(sequences, key=lambda sequence: len(sequence.ids))
     chunks = []
     for first in range(0, len(by_length), micro_batch):
-        chunks.append(make_chunk(by_length[first : first + micro_batch], layout, multiple))
+        chunks.append(make_chunk(by_length[first : first + micro_batch], multiple))
     return chunks
 
 
-def make_chunk(sequences: list[Sequence], layout: Layout, multiple: int) -> Chunk:
+def make_chunk(sequences: list[Sequence], multiple: int) -> Chunk:
     longest = max(len(sequence.ids) for sequence in sequences)
     width = math.ceil(longest / multiple) * multiple
     # Any id may pad: attention is causal, so no real token sees what stands behind it.
@@ -897,23 +998,26 @@ def make_chunk(sequences: list[Sequence], layout: Layout, multiple: int) -> Chun
     input_ids = torch.tensor(padded)  # (b, T)
     lengths = torch.tensor([len(sequence.ids) for sequence in sequences])  # (b,)
     pair = torch.tensor([sequence.pair for sequence in sequences])  # (b,)
+    summary = torch.tensor([sequence.summary for sequence in sequences])  # (b,)
     if sequences[0].pixel_values is None:  # the text side
-        return Chunk(input_ids, summary=lengths - 1, pair=pair)
+        return Chunk(input_ids, summary, pair)
     return Chunk(
         input_ids,
-        summary=torch.full_like(lengths, layout.image_summary),
-        pair=pair,
-        labels=next_tokens(input_ids, lengths, layout.image_summary),
-        pixel_values=torch.stack([sequence.pixel_values for sequence in sequences]),
+        summary,
+        pair,
+        labels=next_tokens(input_ids, lengths, summary),
+        pixel_values=stack_images([sequence.pixel_values for sequence in sequences]),
     )
 
 
-def next_tokens(input_ids: torch.Tensor, lengths: torch.Tensor, first: int) -> torch.Tensor:
+def next_tokens(
+    input_ids: torch.Tensor, lengths: torch.Tensor, first: torch.Tensor
+) -> torch.Tensor:
     """Labels: what each position predicts, (b, T), from position `first` to the last token but one.
 
-    `first` is the summary position: it predicts the first token of the caption. Behind it each
+    `first` (b,) is the summary position: it predicts the first token of the caption. Behind it each
     token predicts the next one; the last token, </s>, predicts nothing, nor does padding. So a
     sequence without a caption, which ends at the summary, has no labels at all."""
     position = torch.arange(input_ids.shape[1])  # (T,)
-    predicts = (position >= first) & (position < lengths[:, None] - 1)  # (b, T)
+    predicts = (position >= first[:, None]) & (position < lengths[:, None] - 1)  # (b, T)
     return input_ids.roll(-1, dims=1).masked_fill(~predicts, IGNORE)

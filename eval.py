@@ -48,7 +48,9 @@ from data import (
     Layout,
     TextTokenizer,
     collate,
+    move_images,
     open_image,
+    stack_images,
 )
 from fast.int8 import quantize
 from formats.files import InputError, LeftOut, read_json
@@ -96,17 +98,23 @@ class Embedder:
         """Whether the model computes with adapters now."""
         return any(module.enabled for module in adapters(self.model).values())
 
-    def pixel_values(self, images: list[Image.Image | torch.Tensor]) -> torch.Tensor:
-        """RGB images, or what the processor made of them -> (B, 3, height, width), on the model's
-        device and in its dtype."""
+    def prepare(self, images: list[Image.Image | torch.Tensor]) -> list[torch.Tensor]:
+        """RGB images, or what the processor made of them -> (3, height, width) fp32 each."""
 
         def prepare(image):
             return image if torch.is_tensor(image) else self.processor(image)
 
         # Threads, for Pillow and NumPy let go of Python's lock while they resize.
         with ThreadPoolExecutor() as threads:
-            pixels = torch.stack(list(threads.map(prepare, images)))
-        return pixels.to(self.model.device, self.model.dtype)
+            return list(threads.map(prepare, images))
+
+    def pixel_values(
+        self, images: list[Image.Image | torch.Tensor]
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """RGB images, or what the processor made of them -> (B, 3, height, width), on the model's
+        device and in its dtype. Where they differ in size, it is a list."""
+        pixels = stack_images(self.prepare(images))
+        return move_images(pixels, self.model.device, self.model.dtype)
 
 
 # ---- Loading
@@ -167,7 +175,10 @@ def load_embedder(
         raise InputError(f"{folder}: not a complete run of train.py ({needed})")
     # Adapters that learned on rounded weights are right on those, not on the whole ones.
     int8 = settings.get("int8") is True
-    embedder = load_base(base, device, image_prompt, text_prompt, int8=int8, dtype=dtype)
+    max_pixels = settings.get("max_pixels") or 0
+    embedder = load_base(
+        base, device, image_prompt, text_prompt, int8=int8, dtype=dtype, max_pixels=max_pixels
+    )
     layout = embedder.layout
     model = embedder.model
     load_adapter(model, checkpoint, layout.image_prompt, layout.text_prompt, embedder.notes)
@@ -185,6 +196,7 @@ def load_base(
     int8: bool = False,
     dtype: torch.dtype | None = None,
     mapped: bool = False,
+    max_pixels: int = 0,
 ) -> Embedder:
     """A LLaVA folder as an Embedder, without adapters. Raises InputError.
 
@@ -192,8 +204,10 @@ def load_base(
         int8: hold the language model's linear layers in int8.
         dtype: of the weights, if not the one that suits the device.
         mapped: leave the weights on the CPU as a view of their file, in its dtype: of them only
-            those pages are read that are needed."""
-    folder, config, layout, processor = read_folder(folder, image_prompt, text_prompt)
+            those pages are read that are needed.
+        max_pixels: the largest picture, where the model's pictures differ in size; 0 is what
+            its files say."""
+    folder, config, layout, processor = read_folder(folder, image_prompt, text_prompt, max_pixels)
     device, best_dtype = pick_device(device)
     if mapped:
         model = backbones.load(folder, None, "cpu")
@@ -213,7 +227,10 @@ def load_base(
 
 
 def read_folder(
-    folder: str | Path, image_prompt: str | None = None, text_prompt: str | None = None
+    folder: str | Path,
+    image_prompt: str | None = None,
+    text_prompt: str | None = None,
+    max_pixels: int = 0,
 ) -> tuple[Path, BackboneConfig, Layout, ImageProcessor]:
     """A LLaVA folder without its weights: where it is, and what its small files say, checked.
 
@@ -230,13 +247,18 @@ def read_folder(
     if text_prompt is None:
         text_prompt = TEXT_PROMPT
     # The files must agree with each other: a folder put together by hand often mixes two models.
-    layout = Layout(TextTokenizer(folder), config.num_image_tokens, image_prompt, text_prompt)
+    family = backbones.family_of(folder)
+    tokenizer = TextTokenizer(folder)
+    number = config.num_image_tokens
+    layout = Layout(tokenizer, number, image_prompt, text_prompt, template=family.template)
     if layout.image_id != config.image_token_id:
-        found = f"<image> is {layout.image_id} in tokenizer.json"
+        found = f"{layout.template.image_token} is {layout.image_id} in tokenizer.json"
         found += f", {config.image_token_id} in config.json"
         raise InputError(f"{folder}: {found}: the files belong to different models")
     refuse_ids_without_rows(folder, layout.tokenizer, config)
-    processor = ImageProcessor.from_pretrained(folder)
+    processor = family.processor.from_pretrained(folder)
+    if max_pixels:
+        processor.limit(max_pixels)
     side = config.vision.image_size
     if processor.size != (side, side):
         found = f"preprocessor_config.json makes images of {processor.size}"
@@ -304,8 +326,14 @@ def encode_image(
     embedder: Embedder, images: list[Image.Image | torch.Tensor], batch_size: int = 64
 ) -> torch.Tensor:
     """RGB images, or what the processor made of them -> (B, D) fp32 on the CPU, unit length."""
-    rows = [embedder.layout.image_side()] * len(images)
-    return encode(embedder, rows, images, batch_size)
+    layout = embedder.layout
+    parts = [torch.empty(0, embedder.model.config.text.hidden_size)]
+    # A batch at a time is prepared: pixels take more room than files.
+    for start in range(0, len(images), batch_size):
+        prepared = embedder.prepare(images[start : start + batch_size])
+        rows = [layout.image_side(image=image) for image in prepared]
+        parts.append(encode(embedder, rows, prepared, batch_size))
+    return torch.cat(parts)
 
 
 def encode_text(embedder: Embedder, texts: list[str], batch_size: int = 256) -> torch.Tensor:
@@ -436,7 +464,8 @@ def fingerprint(embedder: Embedder) -> str:
     layout = embedder.layout
     processor = embedder.processor
     model = embedder.model
-    prompts = [layout.image_side(), layout.text_side(""), embedder.is_adapted]
+    blank = torch.zeros(3, *processor.size)
+    prompts = [layout.image_side(image=blank), layout.text_side(""), embedder.is_adapted]
     lora_configs = [getattr(each, "config", 0) for each in adapters(model).values()]
     pixels = [processor.size, processor.resized, processor.resample, processor.table.tolist()]
     settings = [
@@ -445,7 +474,8 @@ def fingerprint(embedder: Embedder) -> str:
         layout.tokenizer.tokenizer.to_str(),
     ]
     tensors = model.state_dict()
-    tensors.pop("log_scale", None)  # the loss's temperature is in no embedding
+    # What a loss learns, such as the temperature, is in no embedding: the names without a dot.
+    tensors = {name: tensor for name, tensor in tensors.items() if "." in name}
     return fingerprint_of(tensors, settings)
 
 
@@ -694,10 +724,23 @@ def caption(
 ) -> list[str]:
     """Describe each image, or answer one question about each; greedily unless a temperature is
     given. Raises InputError where the question leaves no room for an answer."""
-    prompt = caption_layout(embedder, question).image_side()
-    room = room_for_answer(embedder, prompt, max_new_tokens)
-    pixel_values = embedder.pixel_values(images)
-    answers = embedder.model.generate([prompt] * len(images), pixel_values, room, temperature)
+    layout = caption_layout(embedder, question)
+    return answers_about(embedder, layout, images, max_new_tokens, temperature)
+
+
+def answers_about(
+    embedder: Embedder,
+    layout: Layout,
+    images: list[Image.Image | torch.Tensor],
+    max_new_tokens: int,
+    temperature: float = 0,
+) -> list[str]:
+    """What the model says of each image, behind the layout's image prompt. Raises InputError."""
+    prepared = embedder.prepare(images)
+    prompts = [layout.image_side(image=image) for image in prepared]
+    room = room_for_answer(embedder, max(prompts, key=len), max_new_tokens)
+    pixel_values = embedder.pixel_values(prepared)
+    answers = embedder.model.generate(prompts, pixel_values, room, temperature)
     return [embedder.tokenizer.decode(answer) for answer in answers]
 
 
@@ -742,8 +785,6 @@ def captioning(
     Raises:
         InputError: for a file without long captions, a picture that cannot be read."""
     layout = caption_layout(embedder, question)
-    prompt = layout.image_side()
-    room = room_for_answer(embedder, prompt, 128)
     is_short = path.suffix == ".json"
     if is_short:
         batches = short_caption_batches(embedder, path, images, limit)
@@ -759,9 +800,7 @@ def captioning(
             right += tokens_right(embedder, batch)
             total += batch.num_tokens
         if score is not None and pixels:
-            pixel_values = embedder.pixel_values(pixels)
-            answers = embedder.model.generate([prompt] * len(pixels), pixel_values, room)
-            generated += [embedder.tokenizer.decode(answer) for answer in answers]
+            generated += answers_about(embedder, layout, pixels, 128)
             references += captions
     if not is_short and not total:
         raise InputError(f"{path}: no long captions")

@@ -103,17 +103,17 @@ class SoftPrompt(nn.Module):
 
     def forward(self, input_ids):
         """input_ids (B, T) in [0, V + P) -> (B, T, D)."""
-        vocabulary_size = len(self.weight)
+        vocabulary_size = len(self.weight)  # V
         is_soft = input_ids >= vocabulary_size
-        prompt_row = (input_ids - vocabulary_size).clamp(min=0)  # of the others: never looked at
+        prompt_row = (input_ids - vocabulary_size).clamp(min=0)  # 0 for words, and not used there
+        # First every prompt token is the word that it began as.
+        word_ids = torch.where(is_soft, self.prompt_ids[prompt_row], input_ids)
+        words = F.embedding(word_ids, self.weight)  # (B, T, D)
         if not self.enabled:
-            input_ids = torch.where(is_soft, self.prompt_ids[prompt_row], input_ids)
-            return F.embedding(input_ids, self.weight)
-        # Soft ids lie outside of the table: any token takes their place until the last line.
-        embeddings = F.embedding(input_ids.masked_fill(is_soft, 0), self.weight)
-        soft_rows = torch.cat([self.image, self.text]).to(self.weight.dtype)  # (P, D)
-        soft = F.embedding(prompt_row, soft_rows)
-        return torch.where(is_soft[..., None], soft, embeddings)
+            return words
+        # Then it gets the row that has been learned for it.
+        learned = torch.cat([self.image, self.text]).to(self.weight.dtype)  # (P, D)
+        return torch.where(is_soft[..., None], F.embedding(prompt_row, learned), words)
 
 
 # ---- What a model gets, and what of it trains
@@ -151,7 +151,8 @@ def add_temperature(model: nn.Module, temperature: float) -> None:
     """Give the model a learnable temperature of the contrastive loss: `model.log_scale`, fp32.
 
     The similarity is multiplied by exp(log_scale) = 1 / temperature, as in CLIP. It belongs to the
-    training, not to the adapter: `save_adapter` does not write it, checkpoints keep it."""
+    training, not to the adapter: `save_adapter` does not write it, checkpoints keep it. Another
+    parameter of a loss is added in the same way, and is then trained, saved and resumed as well."""
     model.log_scale = nn.Parameter(torch.tensor(-math.log(temperature), device=model.device))
 
 
@@ -167,6 +168,13 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear | SoftPrompt]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimizer gets, by name."""
     named = model.named_parameters()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def loss_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the losses learn, such as the temperature, by name: the trained parameters of the model
+    itself, not of one of its parts. They belong to no adapter."""
+    named = model.named_parameters(recurse=False)
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
@@ -236,11 +244,12 @@ def save_adapter(model: nn.Module, folder: str | Path, notes: dict[str, str] | N
         tensors = {}
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
-                tensors[peft.peft_name(name)] = parameter
+                tensors[peft.peft_name(name, model.language_model_name)] = parameter
         peft.write_tensors(folder / "adapter_model.safetensors", tensors, notes)
         settings = dict(vars(lora_layers[0].config))
         targets = settings.pop("targets")
-        peft.write_config(folder / "adapter_config.json", settings, targets)
+        path = folder / "adapter_config.json"
+        peft.write_config(path, settings, targets, model.language_model_name)
     embedding = model.language_model.embed_tokens
     if isinstance(embedding, SoftPrompt):
         tensors = {"soft_prompt.image": embedding.image, "soft_prompt.text": embedding.text}

@@ -135,6 +135,10 @@ class LlavaConfig:
         """The content of a Hugging Face config.json."""
         return hf.llava_config_to_dict(self)
 
+    def processor_keys(self) -> dict:
+        """What processor_config.json must say, so that transformers counts as many image tokens."""
+        return hf.llava_processor_keys(self)
+
 
 def quick_gelu(x):
     """The approximation of GELU that OpenAI's CLIP was trained with."""
@@ -302,6 +306,11 @@ def rotary_embedding(positions, head_dim: int, theta: float, dtype: torch.dtype)
     # The angles need fp32: bf16 cannot tell position 256 from 257.
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[:, None, :, None].float() / theta**exponents  # (B or 1, 1, T, head_dim / 2)
+    return cos_and_sin(angles, dtype)
+
+
+def cos_and_sin(angles, dtype: torch.dtype):
+    """Angles (..., head_dim / 2) -> what `rotate` takes, two tensors (..., head_dim)."""
     cos = angles.cos()
     sin = angles.sin()
     cos = torch.cat([cos, cos], dim=-1)
@@ -413,6 +422,9 @@ class LanguageModel(nn.Module):
         cos, sin = rotary_embedding(
             positions, self.config.head_dim, self.config.rope_theta, x.dtype
         )
+        return self.run_layers(x, cos, sin, cache)
+
+    def run_layers(self, x, cos, sin, cache):
         for index, layer in enumerate(self.layers):
             if index < self.checkpoint_layers and torch.is_grad_enabled():
                 # The reentrant kind would give LoRA no gradient, as its input x needs none.
@@ -495,16 +507,23 @@ class Llava(nn.Module):
     """LLaVA (arXiv 2304.08485): image features take the places of image tokens among the words."""
 
     config_class = LlavaConfig
+    language_model_name = "language_model"  # in transformers, and so in adapter files
+    find_tensors = staticmethod(hf.find_llava_tensors)  # where the weights lie in its files
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config.vision, config.num_vision_layers)
         self.multi_modal_projector = MultiModalProjector(config)
-        self.language_model = LanguageModel(config.text)
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        if config.text.tie_word_embeddings:
-            self.lm_head.weight = self.language_model.embed_tokens.weight
+        self.add_language_model(LanguageModel(config.text))
+
+    def add_language_model(self, language_model: LanguageModel) -> None:
+        """The last two parts: the language model, and the head that its embedding may be."""
+        text = language_model.config
+        self.language_model = language_model
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if text.tie_word_embeddings:
+            self.lm_head.weight = language_model.embed_tokens.weight
 
     @property
     def device(self) -> torch.device:
@@ -635,11 +654,11 @@ class Llava(nn.Module):
         dtype: what all weights are converted to; None leaves each as it is stored. On the CPU,
         weights that need no conversion are views of the file, read when they are needed."""
         folder = Path(folder)
-        config = LlavaConfig.from_pretrained(folder)
+        config = cls.config_class.from_pretrained(folder)
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = hf.find_llava_tensors(folder, shapes, config)
+        found = cls.find_tensors(folder, shapes, config)
         tensors = dict(hf.read_tensors(found, dtype, device))
         # A file whose head is tied need not hold it. Where it does, believe the file: a head
         # unlike the embedding is not tied, whatever config.json says.
@@ -657,10 +676,7 @@ class Llava(nn.Module):
 
         A temperature that training added (`log_scale`) is no part of it. Raises FileExistsError
         where there are weights already, ValueError where LoRA is not merged."""
-        tensors = self.state_dict()
-        tensors.pop("log_scale", None)
-        if any(".lora_A." in name for name in tensors):
-            raise ValueError("the model has LoRA in it: merge_lora first, or save_adapter")
+        tensors = self.base_tensors()
         # The tower is written as it is held: its last layer is the feature layer.
         vision = replace(self.config.vision, num_hidden_layers=self.config.num_vision_layers)
         config = replace(self.config, vision=vision, vision_feature_layer=-1)
@@ -668,6 +684,14 @@ class Llava(nn.Module):
         content["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         stop_tokens = list(config.eos_token_ids)
         hf.write_llava(Path(folder), tensors, content, stop_tokens, max_shard_bytes)
+
+    def base_tensors(self) -> dict[str, torch.Tensor]:
+        """The state dict without what training added. Raises ValueError where LoRA is in it."""
+        # What a loss learns, such as the temperature, is the model's own: a name without a dot.
+        tensors = {name: t for name, t in self.state_dict().items() if "." in name}
+        if any(".lora_A." in name for name in tensors):
+            raise ValueError("the model has LoRA in it: merge_lora first, or save_adapter")
+        return tensors
 
 
 def uncached_tokens(prompts: list[list[int]], cache: KVCache) -> list[list[int]]:

@@ -42,7 +42,7 @@ import data
 import eval
 import fast
 import lora
-from data import IMAGE_PROMPT, TEXT_PROMPT, Batch, Chunk
+from data import IMAGE_PROMPT, NO_PAIR, TEXT_PROMPT, Batch, Chunk
 from formats.files import InputError, read_json, write_whole
 from lora import trainable_parameters
 from losses import IGNORE, contrastive_loss, cross_entropy
@@ -65,7 +65,10 @@ class TrainConfig:
     model: str = setting("toy/tiny-llava", "folder of the LLaVA to fine-tune")
     data: str = setting("", "training data, JSON lines as in data.py (empty: the toy world)")
     image_root: str = setting("", "where the training pictures are (empty: beside the data)")
-    tests: str = setting("", "a tests.json: tables before and after, see eval.evaluate")
+    tests: str = setting(
+        "", "a tests.json, see eval.evaluate (none: no tables; the toy has its own)"
+    )
+    max_pixels: int = setting(0, "largest picture, where sizes differ (0: as the files say)")
     out: str = setting("runs/toy", "run folder; a former run in it is replaced, nothing else")
 
     # The batch.
@@ -92,14 +95,18 @@ class TrainConfig:
     # The optimiser.
     lr: float = setting(4e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
     soft_lr: float = setting(4e-2, "peak learning rate of the soft prompts")
-    temperature_lr: float = setting(1e-2, "peak learning rate of the temperature")
+    temperature_lr: float = setting(
+        1e-2, "peak learning rate of the temperature (of all that losses learn)"
+    )
     weight_decay: float = setting(0.0, "of LoRA")
     warmup: int = setting(20, "steps up to the peak; a cosine down to 5 % of it follows")
     clip: float = setting(1.0, "largest norm of the gradient")
     seed: int = setting(0, "of LoRA's start and dropout, the order of data, the captions chosen")
 
     # Memory and speed: the same numbers.
-    fast: bool = setting(True, "lean layers and losses (--no-fast: the plain ones that one reads)")
+    fast: bool = setting(
+        True, "lean layers and losses, the same but for rounding (--no-fast: plain)"
+    )
     gradient_cache: bool = setting(False, "hold one micro-batch's activations at a time")
     checkpoint_layers: int = setting(0, "first layers that are computed again instead of held")
     int8: bool = setting(False, "hold the language model's frozen layers in int8")
@@ -133,20 +140,18 @@ class TrainConfig:
             faults.append("temperature must be at least 0.01")
         if not self.clip > 0:
             faults.append("clip must be positive")
-        for name in ("lr", "soft_lr", "temperature_lr", "weight_decay"):
+        weights = [f"{name}_weight" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
+        for name in ("lr", "soft_lr", "temperature_lr", "weight_decay", *weights):
             if not 0 <= getattr(self, name) < math.inf:
                 faults.append(f"{name} must lie in [0, inf)")
-        for name in ("contrastive_weight", "autoregressive_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                faults.append(f"{name} must lie in [0, inf)")
-        for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed"):
+        for name in ("warmup", "checkpoint_layers", "save_every", "keep", "seed", "max_pixels"):
             if not 0 <= getattr(self, name) < 2**32:
                 faults.append(f"{name} must lie in [0, 2^32)")
         for name in ("lora_rank", "workers"):
             if not 0 <= getattr(self, name) <= 4096:
                 faults.append(f"{name} must lie in [0, 4096]")
-        if self.contrastive_weight == 0 and self.autoregressive_weight == 0:
-            faults.append("one of the two losses needs a weight")
+        if not any(getattr(self, name) for name in weights):
+            faults.append("one of the losses needs a weight")
         if not self.soft_prompts and self.lora_rank == 0:
             faults.append("without soft prompts and LoRA there is nothing to train")
         if self.int8 and self.shard:
@@ -179,17 +184,26 @@ def defaults(model: str) -> dict:
 #
 # A loss called NAME is weighed by the setting NAME_weight; 0 leaves it out. For one more, add a
 # function to one of the two tables below, and its weight to TrainConfig.
+#
+# A loss of embeddings sees all pairs of the global batch, in every process, and returns the whole
+# loss. A loss of captions sees one chunk, and returns its share: a sum divided by num_tokens.
 
 
 def contrastive(model, images, texts, config):
-    """Short captions. images, texts: (B, D), the embeddings of all pairs of the global batch."""
-    loss = fast.twin(contrastive_loss) if config.fast else contrastive_loss
+    """Short captions. images, texts: (B, D), row i of both a pair, of any length (norm)."""
+    loss = contrastive_loss
+    if config.fast:
+        loss = fast.twin(
+            loss
+        )  # the same numbers in less memory, or `loss` itself where they differ
     return loss(images, texts, model.log_scale.exp())
 
 
 def autoregressive(model, hidden, labels, num_tokens, config):
     """Long captions. hidden: (b, T, D) of one chunk's images; labels: (b, T), the next tokens."""
-    loss = fast.twin(cross_entropy) if config.fast else cross_entropy
+    loss = cross_entropy
+    if config.fast:
+        loss = fast.twin(loss)
     return loss(hidden, model.lm_head.weight, labels, num_tokens)
 
 
@@ -209,9 +223,11 @@ def weights_of(losses: dict, config: TrainConfig) -> dict[str, float]:
 def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[str, float]:
     """Forward and backward of one batch; gradients are added to the parameters'.
 
-    Each image goes through the language model once. Its hidden state at the summary position, the
-    last token of the prompt, is its embedding; the states behind it predict the long caption, which
-    the summary cannot see, since attention is causal.
+    One forward pass of an image serves both losses. Its hidden state at the summary position, the
+    last token of the prompt, is its embedding. That state also predicts the first token of the long
+    caption, and those after it the rest; the summary cannot see the caption, since attention is
+    causal. So both losses train LoRA and the image prompt; the text prompt and the temperature
+    learn from the contrastive loss alone.
 
     Args:
         model: a backbone with adapters and a temperature, as `add_adapters` leaves it.
@@ -221,6 +237,27 @@ def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[s
     counts = everyone((batch.num_pairs, batch.num_tokens))
     num_pairs = sum(pairs for pairs, _ in counts)
     num_tokens = sum(tokens for _, tokens in counts)
+    weights = choose_weights(num_pairs, num_tokens, batch, config)
+    if not any(name in weights for name in EMBEDDING_LOSSES):
+        batch = dataclasses.replace(batch, texts=[])  # only contrast reads the texts
+    if world_size() > 1:
+        batch = even_out(batch, model)
+
+    backward = backward_cached if config.gradient_cache else backward_whole
+    losses = backward(model, batch, num_tokens, weights, config)
+
+    if world_size() > 1:
+        add_up_processes(model, losses)
+    result = dict.fromkeys((*EMBEDDING_LOSSES, *CAPTION_LOSSES), 0.0)
+    for name, loss in losses.items():
+        result[name] = loss.item()
+    result["loss"] = sum(weights[name] * result[name] for name in weights)
+    result["pairs"] = num_pairs
+    return result
+
+
+def choose_weights(num_pairs, num_tokens, batch, config) -> dict[str, float]:
+    """The weights, by name, of the losses that this batch has something for. Raises InputError."""
     weights = {}
     if num_pairs:
         weights.update(weights_of(EMBEDDING_LOSSES, config))
@@ -231,22 +268,7 @@ def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[s
             "a batch has no captions for its losses; larger batches? "
             f"the --image_root? {batch.skipped[:1]}"
         )
-    if not any(name in weights for name in EMBEDDING_LOSSES):
-        batch = dataclasses.replace(batch, texts=[])  # only contrast reads the texts
-    if world_size() > 1:
-        batch = even_out(batch, model)
-
-    backward = backward_cached if config.gradient_cache else backward_whole
-    losses = backward(model, batch, num_tokens, weights, config)
-
-    if world_size() > 1:
-        sum_gradients(model, losses)
-    result = dict.fromkeys((*EMBEDDING_LOSSES, *CAPTION_LOSSES), 0.0)
-    for name, loss in losses.items():
-        result[name] = loss.item()
-    result["loss"] = sum(weights[name] * result[name] for name in weights)
-    result["pairs"] = num_pairs
-    return result
+    return weights
 
 
 def backward_whole(model, batch, num_tokens, weights, config) -> dict[str, torch.Tensor]:
@@ -259,7 +281,7 @@ def backward_whole(model, batch, num_tokens, weights, config) -> dict[str, torch
     for part in parts:
         hidden, summaries = encode(model, part)
         embeddings.append(summaries)
-        # Caption: what stands behind the summary of an image predicts its long caption.
+        # Caption: an image's states from the summary on predict its long caption.
         for name, loss in caption_losses(model, part, hidden, num_tokens, weights, config).items():
             losses[name] = losses[name] + loss
 
@@ -285,20 +307,20 @@ def backward_cached(model, batch, num_tokens, weights, config) -> dict[str, torc
         embeddings = [embed(model, part, config) for part in parts]
 
     # Phase 2: the gradient of the contrastive loss with respect to each embedding.
-    gradients = [torch.zeros_like(rows) for rows in embeddings]
-    for rows, gradient in zip(embeddings, gradients):
+    for rows in embeddings:
         rows.requires_grad_()
-        rows.grad = gradient
     contrasts = embedding_losses(model, batch, embeddings, weights, config)
     if contrasts:
-        sum(weights[name] * loss for name, loss in contrasts.items()).backward()
+        total = sum(weights[name] * loss for name, loss in contrasts.items())
+        total.backward()
     losses |= contrasts
 
     # Phase 3: chunk by chunk once more, now with a backward pass. By the chain rule the gradient of
     # a parameter w is the sum of <gradient, d embedding / d w> over the embeddings. That is the
     # gradient of this surrogate, whose value means nothing.
-    for part, gradient in zip(parts, gradients):
+    for part, rows in zip(parts, embeddings):
         hidden, summaries = encode(model, part)
+        gradient = torch.zeros_like(rows) if rows.grad is None else rows.grad
         total = (summaries * gradient).sum()
         for name, loss in caption_losses(model, part, hidden, num_tokens, weights, config).items():
             losses[name] = losses[name] + loss.detach()
@@ -312,7 +334,7 @@ class Part:
     """A chunk, and what it takes to send it through the model twice in the same way."""
 
     chunk: Chunk
-    image_features: torch.Tensor | None  # (b, N, D) what stands at the image tokens
+    image_features: torch.Tensor | list | None  # what stands at the image tokens
     seed: int  # of the dropout masks
 
 
@@ -326,14 +348,15 @@ def prepare(model: nn.Module, batch: Batch) -> list[Part]:
         if chunk.pixel_values is not None:
             # The vision tower and the projector are frozen: once a step is enough.
             with torch.no_grad():
-                features = model.image_features(chunk.pixel_values.to(model.device))
+                pixel_values = data.move_images(chunk.pixel_values, model.device)
+                features = model.image_features(pixel_values)
         parts.append(Part(chunk, features, seed))
     return parts
 
 
 def encode(model: nn.Module, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
     """-> hidden states (b, T, D), and the embeddings (b, D): those at the summary positions."""
-    torch.manual_seed(part.seed)
+    torch.manual_seed(part.seed)  # so that the gradient cache draws the same masks twice
     input_ids = part.chunk.input_ids.to(model.device)
     summary = part.chunk.summary.to(model.device)
     hidden = model(input_ids, image_features=part.image_features)
@@ -378,7 +401,7 @@ def in_order_of_pairs(chunks: list[Chunk], embeddings: list, num_pairs: int) -> 
     """Embeddings (b, D) of chunks, which were sorted by length -> (num_pairs, D), by pair."""
     rows = torch.cat(embeddings)
     pair = torch.cat([chunk.pair for chunk in chunks]).to(rows.device)
-    has_partner = pair >= 0  # an image without a short caption has none
+    has_partner = pair != NO_PAIR  # an image without a short caption has none
     ordered = rows.new_zeros(num_pairs, rows.shape[1])
     return ordered.index_copy(0, pair[has_partner], rows[has_partner])
 
@@ -398,40 +421,42 @@ def even_out(batch: Batch, model: nn.Module) -> Batch:
     while len(images) < most_images:
         images.append(empty_image_chunk(model.config))
     while len(texts) < most_texts:
-        texts.append(Chunk(torch.zeros(1, 1, dtype=torch.long), torch.tensor([0]), NO_PAIR))
+        texts.append(empty_text_chunk())
     return dataclasses.replace(batch, images=images, texts=texts)
 
 
-NO_PAIR = torch.tensor([-1])
+def empty_text_chunk() -> Chunk:
+    """One token, in no pair."""
+    return Chunk(torch.zeros(1, 1, dtype=torch.long), torch.tensor([0]), torch.tensor([NO_PAIR]))
 
 
 def empty_image_chunk(config) -> Chunk:
-    """One black image, in no pair and without a caption."""
+    """One image, in no pair and without a caption."""
+    side = config.vision.image_size
     tokens = config.num_image_tokens
+    if callable(tokens):  # a backbone whose images differ in size
+        tokens = tokens(side, side)
     input_ids = torch.full((1, tokens), config.image_token_id)
     labels = torch.full((1, tokens), IGNORE)
-    pixel_values = torch.zeros(1, 3, config.vision.image_size, config.vision.image_size)
-    return Chunk(input_ids, torch.tensor([tokens - 1]), NO_PAIR, labels, pixel_values)
+    pixel_values = torch.zeros(1, 3, side, side)
+    summary = torch.tensor([tokens - 1])
+    return Chunk(input_ids, summary, torch.tensor([NO_PAIR]), labels, pixel_values)
 
 
-def sum_gradients(model: nn.Module, losses: dict[str, torch.Tensor]) -> None:
-    """Add up over the processes what each has computed of its own rows, in one message."""
+def add_up_processes(model: nn.Module, losses: dict[str, torch.Tensor]) -> None:
+    """Add up over the processes, in place and in one message, what each has computed of its own
+    rows: gradients, and the losses of captions. The contrastive loss is complete in each."""
     tensors = [losses[name] for name in CAPTION_LOSSES if name in losses]
+    of_losses = lora.loss_parameters(model)
     for name, parameter in trainable_parameters(model).items():
-        if parameter.grad is None:
-            if is_of_a_loss(name):  # then it is None everywhere
-                continue
-            parameter.grad = torch.zeros_like(parameter)  # this process had nothing for it
-        if is_of_a_loss(name):
-            # Each process has computed the loss of the whole batch: its gradient is complete.
+        if name in of_losses and parameter.grad is not None:
+            # Complete as well, so that the sum would be too much.
             parameter.grad /= world_size()
-        tensors.append(parameter.grad)
+        elif name not in of_losses and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)  # this process had nothing for it
+        if parameter.grad is not None:
+            tensors.append(parameter.grad)
     processes.sum_over_processes(tensors)
-
-
-def is_of_a_loss(name: str) -> bool:
-    """Parameters of the losses, such as the temperature, are the model's own: without a dot."""
-    return "." not in name
 
 
 # ---- The loop
@@ -440,7 +465,8 @@ def is_of_a_loss(name: str) -> bool:
 def add_adapters(
     embedder: eval.Embedder, config: TrainConfig, checkpoint: Path | None = None
 ) -> None:
-    """Freeze the base model and add what learns, as new or as a checkpoint has it."""
+    """Make a base model ready to train: freeze it; add LoRA, soft prompts and the temperature, as
+    new or as a checkpoint has them; put the lean layers in. Changes the embedder's layout, too."""
     model = embedder.model
     image_prompt = embedder.layout.image_prompt
     text_prompt = embedder.layout.text_prompt
@@ -473,21 +499,24 @@ def add_adapters(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, with a peak learning rate for each kind of parameter."""
-    lora_parameters = []
-    loss_parameters = []
+    """AdamW, with a peak learning rate for each kind of parameter. Raises InputError."""
+    of_losses = lora.loss_parameters(model)
+    of_lora = []
     soft_prompts = []
     for name, parameter in trainable_parameters(model).items():
         if ".lora_" in name:
-            lora_parameters.append(parameter)
-        elif is_of_a_loss(name):
-            loss_parameters.append(parameter)
-        else:
+            of_lora.append(parameter)
+        elif name.startswith("language_model.embed_tokens."):
             soft_prompts.append(parameter)
+        elif name not in of_losses:  # no file of a checkpoint would hold it
+            raise InputError(
+                f"{name} trains, but is of no LoRA and no soft prompt; a parameter of a loss "
+                "must be the model's own, as lora.add_temperature adds one"
+            )
     groups = [
-        {"params": lora_parameters, "peak_lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": of_lora, "peak_lr": config.lr, "weight_decay": config.weight_decay},
         {"params": soft_prompts, "peak_lr": config.soft_lr},
-        {"params": loss_parameters, "peak_lr": config.temperature_lr},
+        {"params": list(of_losses.values()), "peak_lr": config.temperature_lr},
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
@@ -528,7 +557,7 @@ def make_batches(embedder, config: TrainConfig, dataset, first_step: int) -> Dat
     )
     # GPUs like few and round lengths.
     multiple = 32 if embedder.model.device.type == "cuda" else 1
-    caption_share = config.caption_share if config.autoregressive_weight else 0.0
+    caption_share = config.caption_share if weights_of(CAPTION_LOSSES, config) else 0.0
 
     collate = partial(
         data.collate,
@@ -560,12 +589,13 @@ def train(
     Raises InputError where training diverges, or too many records cannot be used."""
     model = embedder.model.train()
     model.language_model.checkpoint_layers = config.checkpoint_layers
-    learning = trainable_parameters(model)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed + rank())  # of dropout
     first_step = 0
     if checkpoint:
-        first_step = checkpoints.load(checkpoint, learning, optimizer)
+        first_step = checkpoints.load(
+            checkpoint, trainable_parameters(model), lora.loss_parameters(model), optimizer
+        )
     fingerprint = dataset.fingerprint()
     without_negatives = 0  # batches in which nothing was contrasted
     log = RunLog(out, first_step)
@@ -575,29 +605,21 @@ def train(
     with bar, log, signals.StopRequests() as stop:
         for step, batch in enumerate(bar, first_step):
             if step == first_step and batch.images:
-                _, free = memory.held_and_free(model.device)
-                memory.report(memory.estimate(config, model, batch), free)
+                say_memory(model, batch, config)
 
             losses = training_step(model, batch, config)
-            norm = update(model, optimizer, step, config)
+            if step == first_step:
+                say_what_no_loss_reaches(model)
+            norm = update(model, optimizer, step, config)  # changes nothing if not finite
             if not math.isfinite(losses["loss"] + norm):
-                records = records_of(step, config, dataset)
-                raise InputError(
-                    f"loss {losses['loss']}, gradient {norm} in step {step}, of the records "
-                    f"{records}; last good checkpoint: {checkpoints.newest(out)}; "
-                    "perhaps lower the learning rates"
-                )
+                raise diverged(step, losses, norm, config, dataset, out)
 
             without_negatives += losses["pairs"] < 2
             line = log_line(step, batch, losses, norm, model, config)
             log.write(line)
-            bar.set_postfix_str(
-                f"loss {line['contrastive']:.3f} (chance {line['chance']:.2f}) "
-                f"+ {line['autoregressive']:.3f}, temperature {line['temperature']:.3f}, "
-                f"{line['pairs_per_second']:.0f} pairs/s",
-                refresh=False,
-            )
+            bar.set_postfix_str(in_short(line), refresh=False)
             done = step + 1
+            # A few unreadable files are life; more are a wrong --image_root.
             if len(log.skipped) > max(10, 0.01 * done * config.batch_size):
                 number = len(log.skipped)
                 last = log.skipped[-1]
@@ -623,19 +645,55 @@ def save(
 ) -> None:
     """Write checkpoints/step-N into the run folder. `fingerprint`: of the data."""
 
+    model = embedder.model
+
     def write_adapter(folder: Path) -> None:
-        lora.save_adapter(embedder.model, folder, embedder.notes)
+        lora.save_adapter(model, folder, embedder.notes)
 
-    learning = trainable_parameters(embedder.model)
-    notes = {"seed": config.seed, "data": fingerprint}
-    checkpoints.save(out, step, learning, optimizer, write_adapter, notes, config.keep)
+    checkpoints.save(
+        out,
+        step,
+        trainable_parameters(model),
+        lora.loss_parameters(model),
+        optimizer,
+        write_adapter,
+        {"seed": config.seed, "data": fingerprint},
+        config.keep,
+    )
 
 
-def records_of(step: int, config: TrainConfig, dataset) -> list[int]:
-    """The records of the whole batch of a step, to find what went wrong."""
+def say_memory(model: nn.Module, batch: Batch, config: TrainConfig) -> None:
+    """What training will take, by its first batch."""
+    if not weights_of(EMBEDDING_LOSSES, config):
+        batch = dataclasses.replace(batch, texts=[])  # as training_step does
+    _, free = memory.held_and_free(model.device)
+    memory.report(memory.estimate(config, model, batch), free)
+
+
+def say_what_no_loss_reaches(model: nn.Module) -> None:
+    """Parameters without a gradient after the first step: switched off, or forgotten in a loss."""
+    names = []
+    for name, parameter in trainable_parameters(model).items():
+        # (LoRA's A has a gradient of zeros as long as its B is zero.)
+        is_zero = parameter.grad is None or not parameter.grad.any()
+        if is_zero and ".lora_A." not in name:
+            names.append(name)
+    if names:
+        tqdm.write(f"no loss reaches {', '.join(names[:5])}; it stays as it is")
+
+
+def diverged(step: int, losses: dict, norm: float, config, dataset, out: Path) -> InputError:
+    """What to say of a loss or gradient that is not finite: where, of what, and what is left."""
+    # The batch of a step can be drawn again at any time, here the whole of it.
     units = dataset.units if config.groups else range(len(dataset))
     sampler = data.ResumableSampler(units, config.batch_size, config.steps, config.seed, step)
-    return sorted(record for record, _ in next(iter(sampler)))
+    records = sorted(record for record, _ in next(iter(sampler)))
+    names = ("loss", *EMBEDDING_LOSSES, *CAPTION_LOSSES)
+    of_losses = ", ".join(f"{name} {losses[name]}" for name in names)
+    return InputError(
+        f"{of_losses}, gradient {norm} in step {step}, of the records {records}; "
+        f"last good checkpoint: {checkpoints.newest(out)}; perhaps lower the learning rates"
+    )
 
 
 def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) -> dict:
@@ -646,6 +704,9 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
     line["gradient_norm"] = norm
     line["lr"] = learning_rate_factor(step, config) * config.lr
     line["temperature"] = math.exp(-model.log_scale.item())
+    for name, parameter in lora.loss_parameters(model).items():
+        if name != "log_scale" and parameter.numel() == 1:
+            line[name] = parameter.item()
     line["memory"], _ = memory.held_and_free(model.device)
     line["tokens"] = 0
     line["skipped"] = []
@@ -653,6 +714,14 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
         line["tokens"] += process_tokens
         line["skipped"] += process_skipped
     return line
+
+
+def in_short(line: dict) -> str:
+    """A line of the log for the progress bar."""
+    losses = [f"{name} {line[name]:.3f}" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
+    chance = f"chance {line['chance']:.2f}"  # of the contrastive loss, the first one
+    speed = f"{line['pairs_per_second']:.0f} pairs/s"
+    return f"{', '.join(losses)} ({chance}), temperature {line['temperature']:.3f}, {speed}"
 
 
 def say_how_to_go_on(stopped: int, done: int, out: Path) -> None:
@@ -683,20 +752,18 @@ def job(config: TrainConfig) -> None:
 
     out = Path(config.out)
     checkpoints.check_run_folder(out)
-    checkpoint = checkpoints.newest(out) if config.resume else None
-    names = everyone(checkpoint.name if checkpoint else None)
-    if len(set(names)) > 1:
-        raise InputError(
-            f"--resume: not every process finds the same checkpoint in {out}; "
-            "it must be a shared folder"
-        )
+    checkpoint = find_checkpoint(out) if config.resume else None
 
-    data_path, tests, score = config.data, config.tests, None
+    data_path = config.data
+    tests = config.tests
+    score = None
     if not data_path:
         data_path, toy_tests, score = draw_toy_world()
         tests = tests or toy_tests
+    if tests == "none":
+        tests = ""
     _, _, layout, processor = eval.read_folder(
-        config.model, config.image_prompt, config.text_prompt
+        config.model, config.image_prompt, config.text_prompt, config.max_pixels
     )
     dataset = data.CaptionDataset(
         data_path, layout, processor, config.image_root or None, config.contrast
@@ -706,21 +773,18 @@ def job(config: TrainConfig) -> None:
     embedder = load_and_adapt(config, device, dtype, checkpoint)
 
     # The base model first: with adapters off it is what it was, to the last bit.
-    results = {}
-    if checkpoint and (out / "results.json").exists():
-        results = read_json(out / "results.json")
-    before = results.get("untrained")
     digest = digest_of_tests(tests)
-    # Two tables of different tests have no difference.
-    if not isinstance(before, dict) or results.get("tests", digest) != digest:
+    before = measured_before(out, digest) if checkpoint else None
+    if before is None:
         with lora.adapters_disabled(embedder.model):
             before = measure(embedder, tests, score)
     if before["tables"]:
         eval.print_table({"untrained": eval.summary(before["tables"])})
     print_sizes(config, embedder, dataset, data_path)
 
-    # Only when all of this has worked may the folder change.
-    everyone(len(data.ResumableSampler(dataset.units, config.batch_size, 1)))
+    # Only when all of this has worked, in every process, may the folder change.
+    data.check_batch_size(len(dataset), config.batch_size)
+    processes.wait_for_all()
     results = {"before": before["tables"], "seed": config.seed, "untrained": before}
     results["tests"] = digest
     if rank() == 0:
@@ -756,6 +820,31 @@ def digest_of_tests(tests: str) -> str:
     return digest.hexdigest()
 
 
+def find_checkpoint(out: Path) -> Path | None:
+    """The checkpoint to go on from, None before the first. Raises InputError."""
+    checkpoint = checkpoints.newest(out)
+    names = everyone(checkpoint.name if checkpoint else None)
+    if len(set(names)) > 1:
+        raise InputError(
+            f"--resume: not every process finds the same checkpoint in {out}; "
+            "it must be a shared folder"
+        )
+    return checkpoint
+
+
+def measured_before(out: Path, digest: str) -> dict | None:
+    """What an earlier process has measured of the untrained model, if it has, on the same tests.
+
+    Two tables of different tests have no difference."""
+    path = out / "results.json"
+    if not path.exists():
+        return None
+    results = read_json(path)
+    before = results.get("untrained")
+    is_of_these = results.get("tests", digest) == digest
+    return before if isinstance(before, dict) and is_of_these else None
+
+
 def refuse_changed_data(checkpoint: Path, dataset, config: TrainConfig) -> None:
     """Raise InputError where a run would go on with other data than it began with.
 
@@ -779,7 +868,7 @@ def draw_toy_world() -> tuple[str, str, object]:
 
     if rank() == 0:  # draws it for all, where it is missing
         world.build(TOY)
-    everyone("drawn")
+    processes.wait_for_all()
     return str(TOY / "train.jsonl"), str(TOY / "test" / "tests.json"), world.score_captions
 
 
@@ -794,6 +883,7 @@ def load_and_adapt(config, device, dtype, checkpoint: Path | None) -> eval.Embed
         int8=config.int8,
         dtype=dtype,
         mapped=is_sharded,
+        max_pixels=config.max_pixels,
     )
     add_adapters(embedder, config, checkpoint)
     if is_sharded:
@@ -875,6 +965,8 @@ def report(before: dict, after: dict, out: Path) -> None:
             name: value - rows["untrained"][name] for name, value in rows["trained"].items()
         }
         eval.print_table(rows | eval.paper_rows())
+        for line in in_words(rows["difference"]):
+            print(line)
     if not before["picture"]:
         return
     rows = []
@@ -886,6 +978,28 @@ def report(before: dict, after: dict, out: Path) -> None:
     print(f"{before['picture']}")
     print(f"  before: {before['caption']}")
     print(f"  after:  {after['caption']}")
+
+
+def in_words(difference: dict[str, float]) -> list[str]:
+    """What became better, what worse, and what the paper's full recipe did to its own model."""
+    better = []
+    worse = []
+    for name, change in difference.items():
+        if change >= 0.05:  # what the table shows as a change
+            better.append(f"{name} {change:+.1f}")
+        elif change <= -0.05:
+            worse.append(f"{name} {change:+.1f}")
+    lines = [
+        f"Better: {', '.join(better) or 'nothing'}.",
+        f"Worse: {', '.join(worse) or 'nothing'}.",
+    ]
+    rows = list(eval.paper_rows().values())
+    untrained = rows[0]
+    full = rows[-1]
+    changes = [f"{name} {full[name] - untrained[name]:+.1f}" for name in full if name in difference]
+    if changes:
+        lines.append(f"The paper's full recipe, on LLaVA-1.5-7B: {', '.join(changes)}.")
+    return lines
 
 
 def opened(row: list) -> list:
@@ -916,9 +1030,11 @@ MOVABLE = {"model", "data", "image_root", "tests"}
 
 
 def is_gone(path: str) -> bool:
+    if path in ("", "none"):  # no path was given
+        return False
     # os.path: it takes any text, such as a name that is too long.
     from_root = os.path.join(eval.ROOT, path)
-    return bool(path) and not os.path.exists(path) and not os.path.exists(from_root)
+    return not os.path.exists(path) and not os.path.exists(from_root)
 
 
 def settings(given: dict) -> TrainConfig:
@@ -928,7 +1044,7 @@ def settings(given: dict) -> TrainConfig:
     given = dict(given)
     for name in ("model", "data", "image_root", "tests"):
         # A run must find its files from any folder. The default model is looked for in ours.
-        if given.get(name) and given[name] != TrainConfig.model:
+        if given.get(name) and given[name] not in (TrainConfig.model, "none"):
             given[name] = str(Path(given[name]).resolve())
     new = TrainConfig(**defaults(given.get("model", TrainConfig.model)) | given)
     if not given.get("resume"):
@@ -938,8 +1054,6 @@ def settings(given: dict) -> TrainConfig:
         return new  # there is no run yet: it starts here
 
     saved = read_json(path)
-    if "steps" not in saved:
-        raise InputError(f"{path}: has no steps, so it is not a run's config.json")
     types = {setting.name: setting.type for setting in dataclasses.fields(TrainConfig)}
     faults = []
     for name, value in saved.items():
@@ -951,6 +1065,9 @@ def settings(given: dict) -> TrainConfig:
                 faults.append(f"{name} {value} is gone; if it has moved, say --{name} NEW_PLACE")
         elif name in given and name not in MAY_CHANGE and given[name] != value:
             faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
+    for name in types.keys() - saved.keys():
+        # What its default does now, that run did not do.
+        faults.append(f"{path} lacks {name}, which this version of train.py has; set it there")
     if faults:
         found = "; ".join(faults)
         raise InputError(f"--resume: {found}; leave these flags out, or choose another --out")

@@ -6,6 +6,7 @@
 `load` chooses the class by config.json's "model_type". `Llava` (model.py) is the reference of the
 contract. Another model is one more file in this folder, with a class that fulfils `Backbone`, and
 one more line in BACKBONES; data, LoRA, losses, training and evaluation stay as they are.
+docs/your-own-backbone.md adds one step by step.
 
 Beside the members below, two properties of the computation are part of the contract:
 
@@ -19,12 +20,17 @@ Beside the members below, two properties of the computation are part of the cont
 Axes: B batch, T tokens, N tokens of an image, D hidden, V vocabulary.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from backbones.qwen2_vl import QWEN2_VL, Qwen2VL, Qwen2VLProcessor
+from backbones.smolvlm import SMOLVLM, SmolVLM, SmolVLMProcessor
+from data import ChatTemplate, ImageProcessor
 from formats import hf
 from model import Llava
 
@@ -46,7 +52,7 @@ class TextSizes(Protocol):
 
 @runtime_checkable
 class VisionSizes(Protocol):
-    image_size: int  # pixel_values are squares of this side
+    image_size: int  # pixel_values are squares of this side; where sizes differ, one of them is
 
 
 @runtime_checkable
@@ -56,8 +62,13 @@ class BackboneConfig(Protocol):
     text: TextSizes
     vision: VisionSizes
     image_token_id: int  # must be the tokenizer's id of the layout's image token
-    num_image_tokens: int  # N: so often an image's token stands in input_ids, the same for all
+    # N: so often an image's token stands in input_ids. Where pictures differ in size, a method:
+    # (height, width) of a picture's pixel values -> N.
+    num_image_tokens: int | Callable[[int, int], int]
     eos_token_ids: tuple[int, ...]  # `generate` stops at any of them; may be replaced after loading
+
+    def processor_keys(self) -> dict:
+        """What an export's processor_config.json must say for transformers to do as here."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "BackboneConfig":
@@ -85,7 +96,8 @@ class Backbone(Protocol):
 
     config: BackboneConfig
     config_class: type  # whose from_pretrained reads `config` alone
-    vision_tower: nn.Module  # frozen, and sharded as a whole when training is
+    language_model_name: str  # transformers' name of `language_model`, which adapter files bear
+    vision_tower: nn.Module  # frozen, and sharded when training is, its nn.ModuleLists by layers
     language_model: LanguagePart
     lm_head: nn.Module  # `lm_head.weight` is (V, D): the caption loss computes logits from it
     device: torch.device  # where inputs must be
@@ -94,8 +106,10 @@ class Backbone(Protocol):
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What takes the places of image tokens.
 
-        pixel_values: (images, 3, image_size, image_size), normalised as preprocessor_config.json
-        says. Returns (images, N, D). Training calls it once an image and step, and keeps it."""
+        pixel_values: (images, 3, height, width), normalised as preprocessor_config.json says.
+        A backbone whose pictures differ in size gets a list of (3, height, width) where they do.
+        Returns (images, N, D), or whatever else `forward` takes as `image_features`. Training calls
+        it once an image and step, and hands on what it got."""
 
     def forward(
         self,
@@ -150,13 +164,25 @@ class Backbone(Protocol):
 
 
 # ---- Which class reads which folder ----
-BACKBONES: dict[str, type[Backbone]] = {
-    "llava": Llava,
+@dataclass(frozen=True)
+class Family:
+    """What belongs to one model_type."""
+
+    model: type[Backbone]
+    processor: type[ImageProcessor]  # from_pretrained(folder), then picture -> (3, height, width)
+    template: ChatTemplate | None  # None: as data.Layout finds by the tokenizer
+
+
+BACKBONES: dict[str, Family] = {
+    "llava": Family(Llava, ImageProcessor, None),
+    "idefics3": Family(SmolVLM, SmolVLMProcessor, SMOLVLM),
+    "smolvlm": Family(SmolVLM, SmolVLMProcessor, SMOLVLM),
+    "qwen2_vl": Family(Qwen2VL, Qwen2VLProcessor, QWEN2_VL),
 }
 
 
-def class_of(folder: str | Path) -> type[Backbone]:
-    """The class for a folder's model_type. Raises InputError that lists those there are."""
+def family_of(folder: str | Path) -> Family:
+    """What a folder's model_type asks for. Raises InputError that lists those there are."""
     raw = hf.read_config(Path(folder), supported=tuple(BACKBONES))
     return BACKBONES[raw["model_type"]]
 
@@ -167,9 +193,9 @@ def load(
     device: torch.device | str = "cpu",
 ) -> Backbone:
     """The model in a Hugging Face folder, whichever it is; see `Backbone.from_pretrained`."""
-    return class_of(folder).from_pretrained(folder, dtype, device)
+    return family_of(folder).model.from_pretrained(folder, dtype, device)
 
 
 def read_config(folder: str | Path) -> BackboneConfig:
     """The sizes of the model in a Hugging Face folder. Raises InputError."""
-    return class_of(folder).config_class.from_pretrained(folder)
+    return family_of(folder).model.config_class.from_pretrained(folder)

@@ -18,7 +18,7 @@ from benchmarks.losses import DTYPE, with_backward
 from benchmarks.measure import DEVICE, device_name, paired_ratio, peak_memory
 from benchmarks.step import SIZES, Layout, build_ours, contender, make_samples
 from data import collate
-from losses import linear_cross_entropy, tiled_contrastive_loss
+from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
 
 
 def step_time(rounds: int) -> dict:

@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.measure import DEVICE, device_name, paired_ratio, peak_memory, quartiles, times
+from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
 from fast.lean import as_it_is, project
 from lora import LoRAConfig, LoRALinear
 from losses import (
     contrastive_loss,
     cross_entropy,
-    linear_cross_entropy,
-    tiled_contrastive_loss,
 )
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

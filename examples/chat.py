@@ -36,8 +36,9 @@ class Conversation:
         layout = self.embedder.layout
         pixel_values = None
         if not self.ids:
-            ids = layout.question(question)
-            pixel_values = self.embedder.pixel_values([self.image])
+            image = self.embedder.processor(self.image)
+            ids = layout.question(question, image)
+            pixel_values = self.embedder.pixel_values([image])
         else:  # the image stands in the cache
             ids = self.ids + layout.next_question(question)
         room = room_for_answer(self.embedder, ids, self.max_new_tokens)

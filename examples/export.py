@@ -127,10 +127,13 @@ def name_prompts(embedder: Embedder) -> PromptTokens:
 
 def prompts_in_words(embedder: Embedder, tokens: PromptTokens) -> dict[str, str]:
     """What stands in a text for transformers: an image's part, and a text's with {text} in it."""
-    user = embedder.layout.template.user
+    template = embedder.layout.template
     image = "".join(tokens.image)
     text = "".join(tokens.text)
-    return {"image": f"{user}<image>{image}", "text": f"{user}{{text}}{text}"}
+    return {
+        "image": f"{template.first_turn}{image}",
+        "text": f"{template.begin}{template.user}{{text}}{text}",
+    }
 
 
 def add_rows(embedder: Embedder, ids: list[int]) -> None:
@@ -211,16 +214,16 @@ def write_generation_config(out: Path, base: Path, never: list[int]) -> None:
 
 
 def write_processor_config(out: Path, embedder: Embedder) -> None:
-    """processor_config.json, whose number of image tokens is made to follow from config.json:
-    released files had it wrong."""
+    """The two files of transformers' processor, made to follow from config.json and from how
+    pictures were prepared here: released files say otherwise."""
     path = out / "processor_config.json"
-    processor = {"processor_class": "LlavaProcessor", "image_token": "<image>"}
-    if path.exists():
-        processor = read_json(path)
-    config = embedder.model.config
-    processor["patch_size"] = config.vision.patch_size
-    processor["num_additional_image_tokens"] = int(config.vision.is_clip)  # its class token
-    processor["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+    processor = read_json(path) if path.exists() else {}
+    processor.update(embedder.model.config.processor_keys())
+    images = out / "preprocessor_config.json"
+    if images.exists():
+        write_json(images, {**read_json(images), **embedder.processor.changes})
+    elif "image_processor" in processor:  # newer files hold it inside
+        processor["image_processor"].update(embedder.processor.changes)
     write_json(path, processor)
 
 
@@ -281,7 +284,7 @@ def write_json(path: Path, content: dict | list) -> None:
 CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
-tags: [llava, embeddings, image-text-retrieval, vladva]
+tags: [embeddings, image-text-retrieval, vladva]
 ---
 # {name}
 
@@ -302,10 +305,10 @@ similarity. The prompts are:
 ```python
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder, image = ".", Image.open("photo.jpg").convert("RGB")  # this folder, any picture
-model = LlavaForConditionalGeneration.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder)
 # As in training; torchvision resizes otherwise.
 processor = AutoProcessor.from_pretrained(folder, backend="pil")
 inputs = processor(images=image, text="{image}", return_tensors="pt")

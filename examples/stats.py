@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import backbones
 from data import LONG, LONGEST, CaptionDataset, Layout, TextTokenizer, captions_of
 from eval import TOY_MODEL, find_folder
 from formats.files import InputError, inside
@@ -88,7 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
     print_any_text()
     try:
         # Nothing is laid out and no picture is read here, so any number of image tokens will do.
-        layout = Layout(TextTokenizer(find_folder(args.model) or args.model), num_image_tokens=1)
+        folder = find_folder(args.model) or args.model
+        template = backbones.family_of(folder).template
+        layout = Layout(TextTokenizer(folder), num_image_tokens=1, template=template)
         dataset = CaptionDataset(args.data, layout, processor=None, image_root=args.images)
         stats(dataset)
     except (InputError, OSError) as error:

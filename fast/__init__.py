@@ -3,14 +3,15 @@
     fast.install(model)                          # lean decoder layers, in place
     loss = fast.twin(losses.contrastive_loss)    # the same loss, a tile at a time
 
-    lean.py     the decoder layer and LoRA, with fewer activations kept
-    int8.py     the frozen weights in 8 bits; never installed here, `quantize` is called by name
-    losses.py   holds its fast twins itself, each below its plain form
+    lean.py      the decoder layer and LoRA, with fewer activations kept
+    chunked.py   the losses, a part of the batch at a time
+    int8.py      the frozen weights in 8 bits; never installed here, `quantize` is called by name
 
 The plain forms in model.py, lora.py and losses.py are there to be edited. So before a fast form
-takes the place of a plain one, both compute a small random example. Where values or gradients
-differ, the plain form was changed: then it stays in use, and one line says so. What is trained is
-always what the plain forms say.
+takes the place of a plain one, both compute a small random example: 70 tokens, 40 pairs. Where
+values or gradients differ, the plain form stays in use, and one line says so. An edit that shows
+only in longer sequences or larger batches, such as a wide sliding window, is not seen: train that
+with --no-fast.
 
 Axes: B batch, T tokens, D hidden.
 """
@@ -23,8 +24,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import losses
+from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
 from fast.lean import LeanDecoderLayer, has_lean_twin
 from lora import LoRAConfig, LoRALinear, adapters_disabled, add_lora, freeze
 from model import KVCache, LanguageModel
@@ -42,9 +45,9 @@ def install(model: nn.Module) -> None:
     if not all(has_lean_twin(layer) for layer in layers):
         fault = "this model's decoder layers, or parts of them, are not those of model.py"
     elif not lean_layers_agree(model):
-        fault = "DecoderLayer (model.py) or LoRALinear (lora.py) was changed"
+        fault = "DecoderLayer (model.py) or LoRALinear (lora.py) and their lean twins differ"
     if fault is not None:
-        print(f"{fault}: training with the plain layers, not with fast/lean.py")
+        tqdm.write(f"{fault}: training with the plain layers, not with fast/lean.py")
         return
     for index, layer in enumerate(layers):
         layers[index] = LeanDecoderLayer(layer)
@@ -55,8 +58,8 @@ def twin(function: Callable) -> Callable:
     changed."""
     # Looked up at every call, for someone may have put another function in a loss's place.
     twins = {
-        losses.contrastive_loss: (losses.tiled_contrastive_loss, contrastive_examples),
-        losses.cross_entropy: (losses.linear_cross_entropy, cross_entropy_examples),
+        losses.contrastive_loss: (tiled_contrastive_loss, contrastive_examples),
+        losses.cross_entropy: (linear_cross_entropy, cross_entropy_examples),
     }
     if function not in twins:
         return function
@@ -110,7 +113,7 @@ def losses_agree(plain: Callable, fast: Callable, make_examples: Callable) -> bo
             agree = agree and are_close(expected, found)
     if not agree:
         name = plain.__name__
-        print(f"{name} (losses.py) was changed: training with it, not with {fast.__name__}")
+        tqdm.write(f"{name} and {fast.__name__} differ: training with {name}, as losses.py has it")
     return agree
 
 
@@ -130,8 +133,8 @@ def loss_and_gradients(function: Callable, arguments: list) -> list[Tensor]:
 
 def contrastive_examples(generator: torch.Generator) -> list[list]:
     """Arguments of `contrastive_loss`: a low and a high temperature, and pairs that are alike."""
-    images = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-    texts = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    images = torch.randn(40, 4, generator=generator, dtype=torch.float64)
+    texts = torch.randn(40, 4, generator=generator, dtype=torch.float64)
     # A loss that leaves out false negatives, or mines hard ones, differs only on such pairs.
     images[1] = images[0]
     texts[3] = texts[2]
@@ -162,7 +165,7 @@ def lean_layers_agree(model: nn.Module) -> bool:
             layers = lean.language_model.layers
             for index, layer in enumerate(layers):
                 layers[index] = LeanDecoderLayer(layer)
-            x = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)  # (B, T, D)
+            x = torch.randn(2, 70, 8, generator=generator, dtype=torch.float64)  # (B, T, D)
             expected = everything_computed(plain, x)
             found = everything_computed(lean, x)
         except Exception:  # see `losses_agree`

@@ -7,8 +7,8 @@ The method is that of LLM.int8() (arXiv 2208.07339) without its outliers: every 
 divided into 127 equal steps up to its largest absolute value. A layer makes its whole weight for
 one matrix product, in the forward and again in the backward pass; it never keeps it.
 
-Nothing else in the project knows this file: quantized layers compute like nn.Linear, and lora.py
-asks a layer with the method `whole_weight` for its weight when it merges.
+Quantized layers compute like nn.Linear. lora.py does not import this file: when it merges, it asks
+a layer with the method `whole_weight` for its weight.
 """
 
 import torch

@@ -33,8 +33,6 @@ MODULES = {
     "gallery": gallery,
     "curves": curves,
 }
-
-
 OUT = Path("runs/figures")  # for NAME.json, NAME.png
 
 # ---- From arguments to numbers

@@ -1,6 +1,9 @@
 """Figure 7: what the model says about pictures, before and after training, recipe by recipe.
 
-python -m figures captions --runs contrastive=runs/contrastive-0 both=runs/toy
+    python -m figures captions --runs contrastive=runs/contrastive-0 both=runs/toy
+
+In the toy world it is known which sentences are true: there the captions are scored and coloured
+by that, elsewhere scored by CIDEr-D.
 """
 
 import re
@@ -164,9 +167,9 @@ def draw(found: Compared, key: str | None = None, shown: int = 2):
     heights = []
     # The captions' lengths decide how high each picture's part of the figure is.
     for index in range(shown):
-        lines = {
-            name: caption_lines(seeds[0], index, WIDTH, is_toy) for name, seeds in found.items()
-        }
+        lines = {}
+        for name, seeds in found.items():
+            lines[name] = caption_lines(seeds[0], index, WIDTH, is_toy)
         texts.append(lines)
         needed = sum(1.5 + len(each) for each in lines.values()) * LINE
         heights.append(max(1.35, needed))

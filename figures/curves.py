@@ -1,7 +1,9 @@
 """Losses of the training, and tables before and after, of several runs.
 
-python -m figures curves runs/toy runs/seed-1
-python -m figures curves both=runs/toy both=runs/seed-1           one name, one colour
+    python -m figures curves runs/toy runs/seed-1
+    python -m figures curves both=runs/toy both=runs/seed-1        one name, one colour
+
+Everything is in the runs' folders: no model is loaded.
 """
 
 import json

@@ -1,6 +1,8 @@
 """What captions find, before and after training: queries with their nearest pictures.
 
-python -m figures gallery --runs both=runs/toy
+    python -m figures gallery --runs both=runs/toy
+
+Axes: B batch, D hidden.
 """
 
 import numpy as np

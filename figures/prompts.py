@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Layout
 from eval import Embedder, recall_at_k
 from figures.common import (
     Item,
@@ -46,7 +45,7 @@ def measure(embedder: Embedder, items: list[Item], pairs: list[list[str]]) -> di
 def measure_pair(
     embedder: Embedder, items: list[Item], features: torch.Tensor, pair: list[str]
 ) -> dict:
-    layout = Layout(embedder.tokenizer, embedder.model.config.num_image_tokens, *pair)
+    layout = embedder.layout.with_prompts(*pair)
     image_ids = [layout.image_side()] * len(items)
     text_ids = [layout.text_side(item.short[0]) for item in items]
     images = summaries(embedder, image_ids, features)  # (B, D)

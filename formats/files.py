@@ -74,7 +74,7 @@ def decoded(content: bytes, where: object) -> str:
 
 
 def not_utf8(where: object, line: int) -> str:
-    advice = "save it as UTF-8, or: iconv -f cp1252 -t utf-8"
+    advice = "save it as UTF-8 (iconv -f cp1252 -t utf-8), or download it again"
     return f"{where}, line {line}: not UTF-8, perhaps Windows' cp1252; {advice}"
 
 

@@ -78,8 +78,8 @@ def refuse_unsupported(path: Path, raw: dict, supported: Collection[str]) -> Non
     if model_type not in supported:
         known = ", ".join(repr(name) for name in supported)
         raise InputError(
-            f"{path}: model_type is {model_type!r}; only {known} is supported: LLaVA-1.5 and the "
-            "interleave models, not LLaVA-NeXT, OneVision or Qwen2-VL"
+            f"{path}: model_type is {model_type!r}; only {known} is supported ('llava' is "
+            "LLaVA-1.5 and the interleave models, not LLaVA-NeXT or OneVision)"
         )
     # MLX's conversions have the shorter key.
     if raw.get("quantization_config") or raw.get("quantization"):
@@ -224,36 +224,53 @@ def read_stop_tokens(folder: Path, text_config: dict) -> tuple[int, ...]:
 
 def check_llava_config(folder: Path, config, activations: Collection[str]) -> None:
     """Raise InputError, with all faults, for sizes that do not fit together."""
-    vision = config.vision
-    text = config.text
     layer = config.vision_feature_layer
     strategy = config.vision_feature_select_strategy
+    faults = vision_faults(config.vision, activations) + text_faults(config.text)
+    if config.projector_hidden_act not in activations:
+        faults.append(f"projector_hidden_act {config.projector_hidden_act!r} is unknown")
+    if strategy not in ("default", "full"):
+        faults.append(f"vision_feature_select_strategy {strategy!r} is unknown")
+    # Layer 0 would be the tower's input, before any layer.
+    if not 0 < abs(layer) <= config.vision.num_hidden_layers:
+        faults.append(f"no vision layer {layer}")
+    refuse_faults(folder, config, faults)
+
+
+def vision_faults(vision, activations: Collection[str]) -> list[str]:
+    """What does not fit in a CLIP or SigLIP tower's sizes."""
     faults = []
     if vision.hidden_act not in activations:
         faults.append(f"vision_config.hidden_act {vision.hidden_act!r} is unknown")
-    if config.projector_hidden_act not in activations:
-        faults.append(f"projector_hidden_act {config.projector_hidden_act!r} is unknown")
+    if vision.hidden_size % vision.num_attention_heads != 0:
+        faults.append(f"vision heads do not divide {vision.hidden_size}")
+    # An image must hold a patch at least; a rest at its right and bottom is cut off.
+    if vision.patch_size > vision.image_size:
+        faults.append(f"patch_size {vision.patch_size} > image_size {vision.image_size}")
+    if vision.num_hidden_layers > MOST_LAYERS:
+        faults.append(f"more than {MOST_LAYERS} layers")
+    return faults
+
+
+def text_faults(text) -> list[str]:
+    """What does not fit in a language model's sizes."""
+    faults = []
     # The language model's MLP is SwiGLU, whose activation is part of the name.
     if text.hidden_act != "silu":
         faults.append(f"text_config.hidden_act {text.hidden_act!r} is not 'silu'")
-    if strategy not in ("default", "full"):
-        faults.append(f"vision_feature_select_strategy {strategy!r} is unknown")
-    if vision.hidden_size % vision.num_attention_heads != 0:
-        faults.append(f"vision heads do not divide {vision.hidden_size}")
     if text.num_attention_heads % text.num_key_value_heads != 0:
         faults.append(f"{text.num_key_value_heads} key/value heads do not fit")
     # Rotary embeddings turn pairs of numbers, half a head apart.
     if text.head_dim % 2 != 0 or text.head_dim == 0:
         faults.append(f"head_dim {text.head_dim} is not even, rotary embeddings need it")
-    # An image must hold a patch at least; a rest at its right and bottom is cut off.
-    if vision.patch_size > vision.image_size:
-        faults.append(f"patch_size {vision.patch_size} > image_size {vision.image_size}")
-    if max(vision.num_hidden_layers, text.num_hidden_layers) > MOST_LAYERS:
+    if text.num_hidden_layers > MOST_LAYERS:
         faults.append(f"more than {MOST_LAYERS} layers")
-    # Layer 0 would be the tower's input, before any layer.
-    if not 0 < abs(layer) <= vision.num_hidden_layers:
-        faults.append(f"no vision layer {layer}")
-    if not 0 < config.image_token_id < text.vocab_size:
+    return faults
+
+
+def refuse_faults(folder: Path, config, faults: list[str]) -> None:
+    """Raise InputError with these faults and those that every backbone can have."""
+    if not 0 < config.image_token_id < config.text.vocab_size:
         faults.append(f"image_token_index {config.image_token_id} is not a token")
     if faults:
         raise InputError(f"{folder / 'config.json'}: " + "; ".join(faults))
@@ -278,6 +295,17 @@ def llava_config_to_dict(config) -> dict:
         "vision_config": vision,
         "text_config": text,
         "tie_word_embeddings": config.text.tie_word_embeddings,
+    }
+
+
+def llava_processor_keys(config) -> dict:
+    """The keys of processor_config.json that follow from a LLaVA's config.json."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": config.vision.patch_size,
+        "num_additional_image_tokens": int(config.vision.is_clip),  # its class token
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
 
 
@@ -456,13 +484,9 @@ def write_llava(
     stop_tokens: list[int],
     max_shard_bytes: int,
 ) -> None:
-    """Write a new LLaVA folder: weights, generation_config.json, and config.json last.
+    """Write a new LLaVA folder.
 
-    tensors: by the names of `Llava.state_dict()`; config: the content of config.json.
-    Raises FileExistsError where there are weights already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("model*.safetensors")):
-        raise FileExistsError(f"{folder}: holds a model already; choose a new folder")
+    tensors: by the names of `Llava.state_dict()`; the rest as in `write_folder`."""
     # transformers wants the norm behind the vision tower, though LLaVA never applies it: here is
     # one that does nothing.
     width = config["vision_config"]["hidden_size"]
@@ -470,11 +494,36 @@ def write_llava(
     tensors = dict(tensors)
     tensors["vision_tower.post_layernorm.weight"] = torch.ones(width, dtype=dtype)
     tensors["vision_tower.post_layernorm.bias"] = torch.zeros(width, dtype=dtype)
+    stored = stored_tensors(tensors, old_name, config)
+    write_folder(folder, stored, config, stop_tokens, max_shard_bytes)
+
+
+def stored_tensors(
+    tensors: dict[str, torch.Tensor], rename: Callable[[str], str], config: dict
+) -> dict[str, torch.Tensor]:
+    """A model's tensors as they are stored. rename: the model's names -> those of the file."""
+    stored = dict(tensors)
     # A tied head is the embedding; stored twice, it would be read as two.
     if config["tie_word_embeddings"]:
-        tensors.pop("lm_head.weight")
-    stored = {old_name(name): tensor for name, tensor in tensors.items()}
-    write_weights(folder, stored, max_shard_bytes)
+        stored.pop("lm_head.weight")
+    return {rename(name): tensor for name, tensor in stored.items()}
+
+
+def write_folder(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    config: dict,
+    stop_tokens: list[int],
+    max_shard_bytes: int,
+) -> None:
+    """Write a new folder: weights, generation_config.json, and config.json last.
+
+    tensors: by the names in the file; config: the content of config.json.
+    Raises FileExistsError where there are weights already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("model*.safetensors")):
+        raise FileExistsError(f"{folder}: holds a model already; choose a new folder")
+    write_weights(folder, tensors, max_shard_bytes)
     write_settings(folder / "generation_config.json", {"eos_token_id": stop_tokens})
     # config.json last: where it stands, the folder is complete.
     write_settings(folder / "config.json", config)

@@ -57,9 +57,10 @@ ALLOWED = {
 
 # The module's path inside PEFT's wrapper is that of new or old transformers, or of a bare language
 # model:   model.language_model.layers.0   language_model.model.layers.0   model.layers.0
+# SmolVLM's is model.text_model.layers.0.
 # Some files also name the adapter: lora_A.default.weight.
 STORED_NAME = re.compile(
-    r"base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?"
+    r"base_model\.model\.(?:model\.)?(?:language_model\.|text_model\.)?(?:model\.)?"
     r"(layers\.\d+\.\w+\.\w+\.lora_[AB])"
     r"(?:\.default)?\.weight"
 )
@@ -73,9 +74,11 @@ def our_name(stored: str) -> str:
     return f"language_model.{match[1]}.weight"
 
 
-def peft_name(name: str) -> str:
-    """Our name of a LoRA tensor -> PEFT's, for the LLaVA of today's transformers."""
-    return f"base_model.model.model.{name}"
+def peft_name(name: str, language_model: str = "language_model") -> str:
+    """Our name of a LoRA tensor -> PEFT's, for the model of today's transformers.
+
+    language_model: what that calls its language model."""
+    return f"base_model.model.model.{language_model}." + name.removeprefix("language_model.")
 
 
 # ---- adapter_config.json
@@ -125,9 +128,14 @@ def not_a_lora(settings: dict) -> list[str]:
     return faults
 
 
-def write_config(path: Path, settings: dict, targets: tuple[str, ...]) -> None:
+def write_config(
+    path: Path,
+    settings: dict,
+    targets: tuple[str, ...],
+    language_model: str = "language_model",
+) -> None:
     """Write adapter_config.json. `settings` are those of `read_config`, `targets` the names of the
-    linear layers with LoRA, such as ("q_proj", "v_proj")."""
+    linear layers with LoRA, such as ("q_proj", "v_proj"); `language_model` as in `peft_name`."""
     raw = {
         "peft_type": "LORA",
         "r": settings["rank"],
@@ -137,7 +145,7 @@ def write_config(path: Path, settings: dict, targets: tuple[str, ...]) -> None:
         "bias": "none",
         "inference_mode": True,
         # A regular expression: a plain list of names would also match layers of the vision tower.
-        "target_modules": rf".*language_model.*\.({'|'.join(targets)})",
+        "target_modules": rf".*{language_model}.*\.({'|'.join(targets)})",
     }
     write_whole(path, json.dumps(raw, indent=2) + "\n")
 

@@ -93,6 +93,7 @@ def save(
     out: Path,
     step: int,
     learning: dict[str, nn.Parameter],
+    loss_parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     write_adapter: Callable[[Path], None],
     notes: dict,
@@ -103,8 +104,9 @@ def save(
     Only then are older ones deleted, all but the newest `keep` (0: none is).
 
     Args:
-        learning: what is trained, by name. Parameters without a dot in their name, such as the
-            temperature, belong to no adapter file, so their values are kept here.
+        learning: all that is trained, by name; the optimizer's state of it is kept.
+        loss_parameters: those of them that are in no adapter file, such as the temperature; their
+            values are kept, too.
         write_adapter: writes the adapters into the folder that it is given.
         notes: what else is to be known of the checkpoint, see `notes`.
     Raises:
@@ -114,9 +116,9 @@ def save(
     if rank() > 0:
         return
     tensors = {"rng": torch.tensor(states).byte()}  # (processes, bytes)
+    for name, parameter in loss_parameters.items():
+        tensors[name] = parameter.detach().cpu()
     for name, parameter in learning.items():
-        if "." not in name:
-            tensors[name] = parameter.detach().cpu()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{name}.{key}"] = value
     folder = out / "checkpoints" / f"step-{step}"
@@ -166,16 +168,23 @@ def notes(folder: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def load(folder: Path, learning: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Set the optimizer, the parameters of no adapter file and the random numbers as they were.
+def load(
+    folder: Path,
+    learning: dict[str, nn.Parameter],
+    loss_parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Set the optimizer, the losses' parameters and the random numbers as they were.
 
     The adapters themselves are loaded before (lora.load_adapter). Returns the number of steps that
     were done. Raises InputError."""
     try:
         tensors = load_file(folder / "training_state.safetensors")
+        for name, parameter in loss_parameters.items():
+            if name not in tensors:
+                raise ValueError(f"it holds no {name}; another loss made it")
+            parameter.data.copy_(tensors[name])
         for name, parameter in learning.items():
-            if "." not in name:
-                parameter.data.copy_(tensors[name])
             if f"{name}.step" in tensors:  # else it never had a gradient
                 optimizer.state[parameter] = optimizer_state(name, parameter, tensors)
         states = tensors["rng"]

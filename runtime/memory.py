@@ -39,6 +39,10 @@ def numbers_a_layer(text, config, is_cpu: bool, itemsize: int) -> float:
     # The inputs of both norms; queries and what attention returned; keys and values; gate and up.
     numbers = 2 * D + 2 * queries + 2 * keys + 2 * hidden
     numbers += 7 * config.lora_rank  # A x of the seven LoRAs
+    if not config.fast:
+        numbers += hidden  # silu(gate), which the lean layers make again
+    if not config.fast and config.lora_rank and not config.lora_dropout:
+        numbers += 2 * D + hidden  # what went into LoRA: the norms' outputs, silu(gate) * up
     if config.lora_rank and config.lora_dropout:
         # What went into each LoRA, and a mask: of bytes on a GPU, of whole numbers on a CPU.
         inputs = 5 * D + queries + hidden
@@ -60,18 +64,17 @@ def estimate(config, model, batch) -> dict[str, float]:
     token += D * (checkpointed + 2)
     if checkpointed:
         token += layer
-    chunks = [chunk.input_ids for chunk in batch.images]
-    if config.contrastive_weight:
-        chunks += [chunk.input_ids for chunk in batch.texts]
+    chunks = [chunk.input_ids for chunk in batch.images + batch.texts]
     sizes = [chunk.numel() for chunk in chunks]
     tokens = max(sizes) if config.gradient_cache else sum(sizes)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    images = sum(len(chunk.pair) for chunk in batch.images)
+    image_token = model.config.image_token_id
+    image_tokens = sum(int((chunk.input_ids == image_token).sum()) for chunk in batch.images)
     rows_of_logits = min(max(256, 2**27 // (4 * text.vocab_size)), batch.num_tokens)
     parts = {
         "gradients and AdamW": 12 * learning,  # bytes: three numbers in fp32
         "activations": tokens * token * itemsize,
-        "image features": images * model.config.num_image_tokens * D * itemsize,
+        "image features": image_tokens * D * itemsize,
         "logits": rows_of_logits * text.vocab_size * 8,
         "a sequence": max(chunk.shape[1] for chunk in chunks) * token * itemsize,
     }

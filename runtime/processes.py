@@ -66,6 +66,11 @@ def everyone(message) -> list:
     return messages
 
 
+def wait_for_all() -> None:
+    """Come back when every process has come here."""
+    everyone(None)
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """The rows (b, D) of all processes, in order of rank, (B, D). Ranks may bring different b.
 
@@ -112,7 +117,11 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
     mesh = device_mesh.init_device_mesh(device.type, (world_size(),))
     learning = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    layers = [*model.vision_tower.encoder.layers, *model.language_model.layers]
+    vision_layers = []  # a tower keeps them in a list, wherever it is
+    for module in model.vision_tower.modules():
+        if isinstance(module, nn.ModuleList):
+            vision_layers += module
+    layers = [*vision_layers, *model.language_model.layers]
     for module in (*layers, model.vision_tower, model.language_model, model):
         # What an inner module has spread is spread: outer ones hold the rest.
         held = set()

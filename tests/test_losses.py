@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
 from losses import (
     IGNORE,
     contrastive_loss,
     cross_entropy,
-    linear_cross_entropy,
-    tiled_contrastive_loss,
 )
 from runtime.processes import gather_rows
 

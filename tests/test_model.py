@@ -915,7 +915,7 @@ def test_checkpointed_layers_change_no_gradient(make_checkpoint, checkpoint_laye
 @pytest.mark.parametrize("read", [backbones.load, backbones.read_config])
 def test_a_model_of_another_type_is_refused(tmp_path, read):
     """An unknown model_type is refused with those that there are."""
-    for model_type in ("qwen2_vl", None, ["llava"]):
+    for model_type in ("paligemma", None, ["llava"]):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         known = "only " + ", ".join(repr(name) for name in backbones.BACKBONES)
         with pytest.raises(InputError) as caught:

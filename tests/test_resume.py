@@ -231,6 +231,16 @@ def test_flags_that_contradict_the_run_are_refused(undisturbed, flags, message):
     assert before == {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
 
 
+def test_a_run_of_before_a_new_setting_is_refused(undisturbed, tmp_path):
+    """A setting that its config.json lacks, such as the weight of a new loss, is not made up."""
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    config.pop("autoregressive_weight")
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="config.json lacks autoregressive_weight"):
+        resume(out, "--steps", "8")
+
+
 def test_resume_without_a_run_starts_one(small_world, tmp_path, undisturbed):
     """The same command, as a queue repeats it: without a folder, without a checkpoint, and when all
     is done.

@@ -301,6 +301,50 @@ def test_a_third_loss_is_one_entry(small_world, monkeypatch):
         )
 
 
+def siglip(images, texts, scale, bias):
+    """arXiv 2303.15343, equation 1."""
+    logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T + bias
+    signs = 2 * torch.eye(len(images)) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(images)
+
+
+def test_another_loss_with_a_parameter_of_its_own(small_world, tmp_path, monkeypatch):
+    """As README says: the loss, the parameter beside the temperature, the call. The bias is
+    trained, logged, saved and resumed, and is in no exported model.
+    """
+    add_temperature = train.lora.add_temperature
+
+    def add_temperature_and_bias(model, temperature):
+        add_temperature(model, temperature)
+        model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+
+    def contrastive(model, images, texts, config):
+        return siglip(images, texts, model.log_scale.exp(), model.logit_bias)
+
+    monkeypatch.setattr(train.lora, "add_temperature", add_temperature_and_bias)
+    monkeypatch.setitem(train.EMBEDDING_LOSSES, "contrastive", contrastive)
+    run_once(small_world, tmp_path / "whole", "--steps", "4")
+    run_once(small_world, tmp_path / "run", "--steps", "4", "--save_every", "2")
+    (tmp_path / "run/checkpoints/latest").write_text("step-2\n")
+    main(["--resume", "--out", str(tmp_path / "run"), "--gradient_cache"])
+    biases = []
+    for name in ("whole", "run"):
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        biases.append([json.loads(line)["logit_bias"] for line in log])
+        path = tmp_path / name / "checkpoints/step-4/training_state.safetensors"
+        assert load_file(path)["logit_bias"].item() == biases[-1][-1]
+    assert -10 < biases[0][0] < biases[0][-1]
+    assert biases[1] == pytest.approx(biases[0], abs=1e-5)
+
+
+def test_a_parameter_that_no_file_would_hold_is_refused(small_world):
+    embedder = load_base(TOY_MODEL, "cpu")
+    add_adapters(embedder, TrainConfig())
+    embedder.model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(InputError, match="extra.weight trains, but is of no LoRA"):
+        train.make_optimizer(embedder.model, TrainConfig())
+
+
 def test_plain_and_fast_train_the_same(small_world):
     """--no-fast: the plain layers and losses that one reads give the same step, 1e-5."""
     results = []
@@ -341,6 +385,8 @@ def saved_bytes(function, model):
         {"caption_share": 1.0},
         {"caption_share": 1.0, "lora_dropout": 0.1},
         {"micro_batch": 6, "gradient_cache": True, "caption_share": 1.0},
+        {"fast": False, "caption_share": 1.0},
+        {"fast": False, "caption_share": 1.0, "lora_dropout": 0.1},
     ],
     ids=str,
 )
