@@ -396,7 +396,7 @@ def open_image(path: str | Path, part: tuple[int, int] | None = None) -> Image.I
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: a folder, not a picture") from None
+        raise InputError(f"{path}: a directory, not a picture") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = Image.MAX_IMAGE_PIXELS
         raise InputError(f"{name}: more than {limit} pixels; scale the image down") from None

@@ -178,7 +178,7 @@ def read_imagenet(
         classes = [spaced(folder) for folder in folders]
     elif Path(names).suffix == ".json":
         content = read_json(names, (dict, list))
-        classes = classes_of_object(Path(names), content, folders)
+        classes = classes_of_json(Path(names), content, folders)
     else:
         classes = classes_of_text(Path(names), read_text(names), folders)
 
@@ -247,7 +247,7 @@ def classes_of_text(path: Path, text: str, folders: list[str]) -> list[str]:
             raise InputError(f"{path}: no list or object, as it begins ({kind})") from None
         if isinstance(content, dict):
             content = {str(key): value for key, value in content.items()}
-        return classes_of_object(path, content, folders)
+        return classes_of_json(path, content, folders)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return classes_of_lines(path, lines, folders)
 
@@ -309,7 +309,7 @@ def refuse_some_ids(path: Path, lines: list[str], folders: list[str]) -> None:
             raise InputError(f"{path}: {found}, but not every folder has one; {advice}")
 
 
-def classes_of_object(path: Path, content: dict | list, folders: list[str]) -> list[str]:
+def classes_of_json(path: Path, content: dict | list, folders: list[str]) -> list[str]:
     with fields_of(path):
         if isinstance(content, list):
             return listed_in_order(path, [spaced(name).strip() for name in content], folders)
