@@ -149,6 +149,7 @@ def load_embedder(
     image_prompt: str | None = None,
     text_prompt: str | None = None,
     dtype: torch.dtype | None = None,
+    max_pixels: int = 0,
 ) -> Embedder:
     """A LLaVA folder, or a run folder of train.py, ready to embed and to caption.
 
@@ -157,10 +158,14 @@ def load_embedder(
     Raises InputError."""
     folder = Path(folder)
     if not (folder / "checkpoints").is_dir():
-        return load_base(folder, device, image_prompt, text_prompt, dtype=dtype)
+        return load_base(
+            folder, device, image_prompt, text_prompt, dtype=dtype, max_pixels=max_pixels
+        )
     if image_prompt is not None or text_prompt is not None:
         advice = "others are for LLaVA folders"
         raise InputError(f"{folder}: a run keeps the prompts it was trained with; {advice}")
+    if max_pixels:
+        raise InputError(f"{folder}: a run keeps the max_pixels it was trained with")
     settings = read_json(folder / "config.json")
     base = settings.get("model")
     if isinstance(base, str) and find_folder(base) is None:
@@ -175,7 +180,9 @@ def load_embedder(
         raise InputError(f"{folder}: not a complete run of train.py ({needed})")
     # Adapters that learned on rounded weights are right on those, not on the whole ones.
     int8 = settings.get("int8") is True
-    max_pixels = settings.get("max_pixels") or 0
+    max_pixels = settings.get("max_pixels", 0)  # absent in older runs
+    if type(max_pixels) is not int:
+        raise InputError(f"{folder / 'config.json'}: max_pixels is {max_pixels!r}")
     embedder = load_base(
         base, device, image_prompt, text_prompt, int8=int8, dtype=dtype, max_pixels=max_pixels
     )
@@ -1076,6 +1083,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=TOY_MODEL, metavar="DIR", help=model)
     parser.add_argument("--no-adapters", action="store_true", help=adapters)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (the best one here)")
+    pixels = "largest picture, where a model's differ in size (as its files say)"
+    parser.add_argument("--max_pixels", type=positive, metavar="N", help=pixels)
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -1108,7 +1117,10 @@ def open_embedder(args: argparse.Namespace) -> Embedder:
     """The model that the options ask for. Raises InputError."""
     image_prompt = getattr(args, "image_prompt", None)
     text_prompt = getattr(args, "text_prompt", None)
-    embedder = load_embedder(args.model, args.device, image_prompt, text_prompt)
+    max_pixels = args.max_pixels or 0
+    embedder = load_embedder(
+        args.model, args.device, image_prompt, text_prompt, max_pixels=max_pixels
+    )
     if args.no_adapters:
         # For good: this program uses no other model.
         for module in adapters(embedder.model).values():

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-from backbones import qwen2_vl, smolvlm
+from backbones import onevision, qwen2_vl, smolvlm
 from benchmarks.measure import count_flops
 from data import Batch, Chunk
 from lora import LoRAConfig, add_lora, add_soft_prompts, freeze
@@ -57,12 +57,27 @@ def qwen() -> qwen2_vl.Qwen2VL:
     return qwen2_vl.Qwen2VL(qwen2_vl.Qwen2VLConfig(vision, text))
 
 
+def one_vision() -> onevision.OneVision:
+    text = TextConfig(
+        model_type="qwen2",
+        vocab_size=152000,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return onevision.OneVision(onevision.OneVisionConfig(text=text))
+
+
 # Name, model, and the side of a square picture.
 MODELS = [
     ("SmolVLM-256M", lambda: smol(576, 1536, 30, 9), 512),
     ("SmolVLM-500M", lambda: smol(960, 2560, 32, 15), 512),
     ("Qwen2-VL-2B, pictures of 224 x 224", qwen, 224),
     ("Qwen2-VL-2B, pictures of 392 x 392", qwen, 392),
+    ("LLaVA-OneVision-0.5B", one_vision, 384),
     ("LLaVA-1.5-7B", lambda: Llava(LlavaConfig()), 336),
 ]
 

@@ -42,7 +42,8 @@ class ClipModel(nn.Module):
     def encode_image(self, pixel_values):
         """(B, 3, height, width) -> (B, D), unit length."""
         model = self.embedder.model
-        rows = [self.embedder.layout.image_side()] * len(pixel_values)
+        layout = self.embedder.layout
+        rows = [layout.image_side(image=image) for image in pixel_values]
         ids = torch.tensor(rows, device=model.device)
         hidden = model(ids, pixel_values.to(model.device, model.dtype))  # (B, T, D)
         # All rows are of one length, so that the last position is the summary's.

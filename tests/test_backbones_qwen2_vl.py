@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
-from backbone_cases import CASES, QWEN_TOKENS, pictures
+from backbone_cases import CASES, QWEN_TOKENS, pictures, write_captions
 from conftest import edit_json, edit_weights
 from safetensors.torch import load_file
 
 import backbones
 import eval
+import train
 from backbones.qwen2_vl import QWEN2_VL, Qwen2VL, Qwen2VLConfig, Qwen2VLProcessor
 from data import Layout, TextTokenizer, stack_images
+from examples.export import export
 from formats.files import InputError
 
 CASE = CASES["qwen2_vl"]
@@ -200,7 +202,26 @@ def test_older_names_of_the_limits():
     assert Qwen2VLProcessor(rest).resized == (3136, 1003520)
 
 
-def test_a_limit_of_pixels(tmp_path):
+def test_a_run_keeps_its_limit(tmp_path, capsys):
+    """train.py --max_pixels: the run embeds, and is exported, with pictures of that size."""
+    folder = tmp_path / "model"
+    CASE.make(folder)
+    out = tmp_path / "run"
+    command = ["--model", str(folder), "--data", str(write_captions(tmp_path / "data"))]
+    command += ["--out", str(out), "--steps", "1", "--batch_size", "4", "--device", "cpu"]
+    train.main([*command, "--max_pixels", "1024"])
+    embedder = eval.load_embedder(out, "cpu")
+    assert embedder.processor.resized == (300, 1024)
+    with pytest.raises(InputError, match="keeps the max_pixels"):
+        eval.load_embedder(out, "cpu", max_pixels=2048)
+    export(out, tmp_path / "exported")
+    oracle = CASE.processor(tmp_path / "exported")
+    (picture,) = pictures(4)[3:]
+    theirs = oracle([picture], return_tensors="pt")["pixel_values"]
+    assert torch.equal(CASE.inputs(embedder.prepare([picture]))["pixel_values"], theirs)
+
+
+def test_a_limit_of_pixels(tmp_path, capsys):
     """max_pixels shrinks large pictures, and the layout then lays out fewer tokens."""
     folder = tmp_path / "model"
     CASE.make(folder)
@@ -214,6 +235,10 @@ def test_a_limit_of_pixels(tmp_path):
     assert counts[1] * 256 <= 1024 < counts[0] * 256
     with pytest.raises(InputError, match="max_pixels"):
         eval.load_base(folder, "cpu", max_pixels=100)
+    pictures(4)[3].save(tmp_path / "photo.png")
+    command = ["caption", str(tmp_path / "photo.png"), "--model", str(folder), "--device", "cpu"]
+    eval.main([*command, "--max_pixels", "1024", "--max_new_tokens", "2"])
+    assert "photo.png" in capsys.readouterr().out
     assert eval.fingerprint(whole) != eval.fingerprint(limited)
 
 
