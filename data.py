@@ -171,6 +171,32 @@ VICUNA = ChatTemplate("USER: ", " ASSISTANT:", "</s>")  # LLaVA-1.5 and TinyLLaV
 CHATML = ChatTemplate(  # llava-interleave-qwen
     "<|im_start|>user ", "<|im_end|><|im_start|>assistant\n", "<|im_end|>"
 )
+LLAMA3 = ChatTemplate(  # xtuner's LLaVAs on Llama-3
+    user="<|start_header_id|>user<|end_header_id|>\n\n",
+    assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    end="<|eot_id|>",
+)
+JOYCAPTION = ChatTemplate(  # on Llama-3.1, whose dates are a part of the words
+    begin="<|start_header_id|>system<|end_header_id|>\n\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 July 2024\n\n"
+    "You are a helpful image captioner.<|eot_id|>",
+    user=LLAMA3.user,
+    assistant=LLAMA3.assistant,
+    end=LLAMA3.end,
+    image_token="<|reserved_special_token_69|>",
+    image_turn=LLAMA3.user + "<|reserved_special_token_70|><|reserved_special_token_69|>"
+    "<|reserved_special_token_71|>",
+    behind_image="",
+)
+
+
+def llava_template(special_ids: dict[str, int]) -> ChatTemplate:
+    """How a LLaVA writes a conversation, told by its tokenizer's special tokens."""
+    if "<|im_start|>" in special_ids:
+        return CHATML
+    if "<|eot_id|>" in special_ids:
+        return LLAMA3 if "<image>" in special_ids else JOYCAPTION
+    return VICUNA
 
 
 class Layout:
@@ -211,7 +237,7 @@ class Layout:
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         if template is None:
-            template = CHATML if "<|im_start|>" in tokenizer.special_ids else VICUNA
+            template = llava_template(tokenizer.special_ids)
         self.template = template
         self.image_id = self.special_id(template.image_token)
         self.stop_id = self.special_id(template.end)
@@ -262,7 +288,8 @@ class Layout:
         if token not in self.tokenizer.special_ids:
             raise InputError(
                 f"tokenizer.json has no special token {token!r}, which the model's conversations "
-                "need; it is not a LLaVA's tokenizer"
+                "need; a LLaVA's are told by </s> (Vicuna), <|im_start|> (ChatML) or <|eot_id|> "
+                "(Llama-3), and others are not known"
             )
         return self.tokenizer.special_ids[token]
 

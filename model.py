@@ -13,6 +13,7 @@ Axes: B batch, T tokens, S cached tokens, N image tokens, D hidden, H heads, K k
 V vocabulary.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -85,6 +86,7 @@ class TextConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama-3.1's, for `longer_periods`; None: as RoPE was
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -298,15 +300,33 @@ class MultiModalProjector(nn.Module):
 
 # ---- Language model ----
 # LLaMA: arXiv 2302.13971. Qwen2 (arXiv 2407.10671) is the same with biases on q, k and v.
-def rotary_embedding(positions, head_dim: int, theta: float, dtype: torch.dtype):
+def rotary_embedding(
+    positions, head_dim: int, theta: float, dtype: torch.dtype, scaling: dict | None = None
+):
     """Cosines and sines by which `rotate` turns queries and keys (RoPE, arXiv 2104.09864).
 
-    positions: (B or 1, T). Returns two tensors (B or 1, 1, T, head_dim) in `dtype`. Each angle
-    stands there twice, as two numbers turn by it; the first half of the sines is negated."""
+    positions: (B or 1, T). scaling: see `longer_periods`.
+    Returns two tensors (B or 1, 1, T, head_dim) in `dtype`. Each angle stands there twice, as two
+    numbers turn by it; the first half of the sines is negated."""
     # The angles need fp32: bf16 cannot tell position 256 from 257.
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[:, None, :, None].float() / theta**exponents  # (B or 1, 1, T, head_dim / 2)
+    periods = theta**exponents  # how many positions one radian takes
+    if scaling is not None:
+        periods = longer_periods(periods, scaling)
+    angles = positions[:, None, :, None].float() / periods  # (B or 1, 1, T, head_dim / 2)
     return cos_and_sin(angles, dtype)
+
+
+def longer_periods(periods, scaling: dict):
+    """Llama-3.1's change to RoPE for long texts (arXiv 2407.21783): slow angles turn more slowly.
+
+    What turns often within the old context keeps its period. What does not even turn
+    `low_freq_factor` times in it takes `factor` times as long; in between, it is blended."""
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi * periods)
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 for fast angles, 0 for slow ones
+    return 1 / (kept / periods + (1 - kept) / (scaling["factor"] * periods))
 
 
 def cos_and_sin(angles, dtype: torch.dtype):
@@ -419,8 +439,9 @@ class LanguageModel(nn.Module):
         else:
             positions = cache.extend(T)  # (B, T)
         # All layers turn by the same angles.
+        config = self.config
         cos, sin = rotary_embedding(
-            positions, self.config.head_dim, self.config.rope_theta, x.dtype
+            positions, config.head_dim, config.rope_theta, x.dtype, config.rope_scaling
         )
         return self.run_layers(x, cos, sin, cache)
 

@@ -21,7 +21,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
-import hashlib
 import json
 import math
 import shlex
@@ -46,7 +45,7 @@ from data import IMAGE_PROMPT, NO_PAIR, TEXT_PROMPT, Batch, Chunk
 from formats.files import InputError, read_json, write_whole
 from lora import trainable_parameters
 from losses import IGNORE, contrastive_loss, cross_entropy
-from runtime import checkpoints, memory, processes, signals
+from runtime import checkpoints, memory, processes, resuming, signals
 from runtime.gallery import gallery
 from runtime.log import RunLog
 from runtime.processes import everyone, gather_rows, rank, world_size
@@ -769,12 +768,14 @@ def job(config: TrainConfig) -> None:
         data_path, layout, processor, config.image_root or None, config.contrast
     )
     if checkpoint:
-        refuse_changed_data(checkpoint, dataset, config)
+        resuming.refuse_changed_data(
+            checkpoint, data_path, dataset.fingerprint(), config.changed_data
+        )
     embedder = load_and_adapt(config, device, dtype, checkpoint)
 
     # The base model first: with adapters off it is what it was, to the last bit.
-    digest = digest_of_tests(tests)
-    before = measured_before(out, digest) if checkpoint else None
+    digest = resuming.digest_of_tests(tests)
+    before = resuming.measured_before(out, digest) if checkpoint else None
     if before is None:
         with lora.adapters_disabled(embedder.model):
             before = measure(embedder, tests, score)
@@ -804,22 +805,6 @@ def job(config: TrainConfig) -> None:
     print("  python train.py --help")
 
 
-def digest_of_tests(tests: str) -> str:
-    """SHA-256 of a tests.json and of the files that it names; "" where there is none."""
-    if not tests:
-        return ""
-    files = [Path(tests)]
-    for settings in read_json(tests).values():
-        if isinstance(settings, dict) and isinstance(settings.get("file"), str):
-            file = Path(tests).parent / settings["file"]
-            files += sorted(file.glob("*.json")) if file.is_dir() else [file]
-    digest = hashlib.sha256()
-    for file in files:
-        if file.is_file():  # who reads it says what is missing
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 def find_checkpoint(out: Path) -> Path | None:
     """The checkpoint to go on from, None before the first. Raises InputError."""
     checkpoint = checkpoints.newest(out)
@@ -830,36 +815,6 @@ def find_checkpoint(out: Path) -> Path | None:
             "it must be a shared folder"
         )
     return checkpoint
-
-
-def measured_before(out: Path, digest: str) -> dict | None:
-    """What an earlier process has measured of the untrained model, if it has, on the same tests.
-
-    Two tables of different tests have no difference."""
-    path = out / "results.json"
-    if not path.exists():
-        return None
-    results = read_json(path)
-    before = results.get("untrained")
-    is_of_these = results.get("tests", digest) == digest
-    return before if isinstance(before, dict) and is_of_these else None
-
-
-def refuse_changed_data(checkpoint: Path, dataset, config: TrainConfig) -> None:
-    """Raise InputError where a run would go on with other data than it began with.
-
-    (Another base model, or other prompts, are refused when the adapters are loaded.)"""
-    before = checkpoints.notes(checkpoint).get("data")
-    now = dataset.fingerprint()
-    if not isinstance(before, dict) or before == now:
-        return  # checkpoints of old have no fingerprint
-    changed = [name for name in now if before.get(name) != now[name]]
-    found = f"{dataset.path}: its {' and '.join(changed)} have changed since {checkpoint}"
-    if config.changed_data:
-        print(f"--changed_data: {found}; batches are others from here on")
-        return
-    advice = "get the old ones back, or go on with the new ones: --changed_data"
-    raise InputError(f"--resume: {found}; {advice}")
 
 
 def draw_toy_world() -> tuple[str, str, object]:
@@ -1008,33 +963,11 @@ def opened(row: list) -> list:
 
 # ---- The command
 
-# What may change when a run goes on: the rest decides which numbers come out.
-MAY_CHANGE = {
-    "out",
-    "resume",
-    "steps",
-    "device",
-    "workers",
-    "save_every",
-    "keep",
-    "shard",
-    "changed_data",
-}
+# What may be another when a run goes on: the rest decides which numbers come out.
+MAY_CHANGE = {"out", "resume", "changed_data", "steps", "device", "workers", "shard"}
+MAY_CHANGE |= {"save_every", "keep"}
 # Exact but for rounding and dropout masks.
 MAY_CHANGE |= {"micro_batch", "gradient_cache", "checkpoint_layers", "fast"}
-
-
-# Paths, which may be others where the old ones are gone: fingerprints tell whether what is there
-# now is what was there.
-MOVABLE = {"model", "data", "image_root", "tests"}
-
-
-def is_gone(path: str) -> bool:
-    if path in ("", "none"):  # no path was given
-        return False
-    # os.path: it takes any text, such as a name that is too long.
-    from_root = os.path.join(eval.ROOT, path)
-    return not os.path.exists(path) and not os.path.exists(from_root)
 
 
 def settings(given: dict) -> TrainConfig:
@@ -1042,36 +975,16 @@ def settings(given: dict) -> TrainConfig:
 
     Raises InputError where they contradict."""
     given = dict(given)
-    for name in ("model", "data", "image_root", "tests"):
+    for name in resuming.PATHS:
         # A run must find its files from any folder. The default model is looked for in ours.
         if given.get(name) and given[name] not in (TrainConfig.model, "none"):
             given[name] = str(Path(given[name]).resolve())
-    new = TrainConfig(**defaults(given.get("model", TrainConfig.model)) | given)
-    if not given.get("resume"):
-        return new
     path = Path(given.get("out", TrainConfig.out)) / "config.json"
-    if not path.exists() and not checkpoints.newest(path.parent):
-        return new  # there is no run yet: it starts here
-
-    saved = read_json(path)
-    types = {setting.name: setting.type for setting in dataclasses.fields(TrainConfig)}
-    faults = []
-    for name, value in saved.items():
-        is_whole_number = types.get(name) is float and type(value) is int
-        if type(value) is not types.get(name) and not is_whole_number:
-            faults.append(f"{path} has {name} = {value!r}, which is not a setting")
-        elif name in MOVABLE and is_gone(value):
-            if name not in given:
-                faults.append(f"{name} {value} is gone; if it has moved, say --{name} NEW_PLACE")
-        elif name in given and name not in MAY_CHANGE and given[name] != value:
-            faults.append(f"--{name} is {given[name]!r}, the run in {path.parent} has {value!r}")
-    for name in types.keys() - saved.keys():
-        # What its default does now, that run did not do.
-        faults.append(f"{path} lacks {name}, which this version of train.py has; set it there")
-    if faults:
-        found = "; ".join(faults)
-        raise InputError(f"--resume: {found}; leave these flags out, or choose another --out")
-    saved.pop("changed_data", None)  # said once, it holds for that one time
+    is_new = not path.exists() and not checkpoints.newest(path.parent)
+    if is_new or not given.get("resume"):
+        return TrainConfig(**defaults(given.get("model", TrainConfig.model)) | given)
+    types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    saved = resuming.read_settings(path, types, given, MAY_CHANGE, eval.ROOT)
     return TrainConfig(**saved | given)
 
 

@@ -28,6 +28,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from backbones.onevision import OneVision, OneVisionProcessor
 from backbones.qwen2_vl import QWEN2_VL, Qwen2VL, Qwen2VLProcessor
 from backbones.smolvlm import SMOLVLM, SmolVLM, SmolVLMProcessor
 from data import ChatTemplate, ImageProcessor
@@ -177,6 +178,7 @@ BACKBONES: dict[str, Family] = {
     "llava": Family(Llava, ImageProcessor, None),
     "idefics3": Family(SmolVLM, SmolVLMProcessor, SMOLVLM),
     "smolvlm": Family(SmolVLM, SmolVLMProcessor, SMOLVLM),
+    "llava_onevision": Family(OneVision, OneVisionProcessor, None),
     "qwen2_vl": Family(Qwen2VL, Qwen2VLProcessor, QWEN2_VL),
 }
 

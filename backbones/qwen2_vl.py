@@ -268,6 +268,8 @@ def faults_of(config: Qwen2VLConfig) -> list[str]:
         faults.append(f"vision_config.hidden_size {vision.hidden_size} != {text.hidden_size}")
     if vision.depth > hf.MOST_LAYERS:
         faults.append(f"more than {hf.MOST_LAYERS} layers")
+    if text.rope_scaling is not None:
+        faults.append("a scaled M-RoPE is not implemented")
     if 2 * sum(text.mrope_section) != text.head_dim:
         faults.append(f"mrope_section {text.mrope_section} is not half of head_dim {text.head_dim}")
     return faults

@@ -4,8 +4,9 @@
     python -m docs.tables --check    says which are not as the JSON has them
 
 A block stands between `<!-- NAME: ... -->` and `<!-- end -->`. Sources: docs/main.json, which is
-the results.json of `python train.py`, and toy/ablation.json
-of `python -m toy.ablation`. A test holds documents and JSON equal.
+the results.json of `python train.py`, toy/ablation.json of `python -m toy.ablation`, and
+docs/one-page.txt, which `python workshop/one_page.py` printed. A test holds documents and these
+files equal.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import io
 import json
 import re
 import sys
+import textwrap
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -76,7 +78,15 @@ def ablation_table() -> str:
     return ablation.report(results) + "\n"
 
 
-TABLES = {"main": main_table, "toy": toy_table, "ablation": ablation_table}
+def one_page() -> str:
+    """What `python workshop/one_page.py > docs/one-page.txt` printed, in lines that fit a page."""
+    lines = []
+    for line in (ROOT / "docs" / "one-page.txt").read_text(encoding="utf-8").splitlines():
+        lines += textwrap.wrap(line, 100, subsequent_indent="       ")
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+TABLES = {"main": main_table, "toy": toy_table, "ablation": ablation_table, "one_page": one_page}
 
 
 def renewed(text: str) -> str:

@@ -80,6 +80,7 @@ def export(
         dtype = dtype_of_base(base)
     embedder = load_embedder(run_folder, "cpu", dtype=dtype)
     model = embedder.model
+    keys = model.config.processor_keys()  # some backbones refuse here
     merge_lora(model)
 
     tokens = name_prompts(embedder)
@@ -93,7 +94,7 @@ def export(
     add_tokens(out, tokens.by_name)
     # Ids in the table's spare rows need no ban: the head was trained never to say those.
     write_generation_config(out, base, [index for index in tokens.ids if index >= vocabulary])
-    write_processor_config(out, embedder)
+    write_processor_config(out, embedder, keys)
     prompts = prompts_in_words(embedder, tokens)
     write_json(out / "prompts.json", prompts)
     card = model_card(run_folder, settings, prompts)
@@ -213,12 +214,14 @@ def write_generation_config(out: Path, base: Path, never: list[int]) -> None:
     write_json(out / "generation_config.json", settings)
 
 
-def write_processor_config(out: Path, embedder: Embedder) -> None:
+def write_processor_config(out: Path, embedder: Embedder, keys: dict) -> None:
     """The two files of transformers' processor, made to follow from config.json and from how
     pictures were prepared here: released files say otherwise."""
     path = out / "processor_config.json"
     processor = read_json(path) if path.exists() else {}
-    processor.update(embedder.model.config.processor_keys())
+    processor.update(keys)
+    if "image_token" in processor:
+        processor["image_token"] = embedder.layout.template.image_token
     images = out / "preprocessor_config.json"
     if images.exists():
         write_json(images, {**read_json(images), **embedder.processor.changes})

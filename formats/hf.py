@@ -79,7 +79,7 @@ def refuse_unsupported(path: Path, raw: dict, supported: Collection[str]) -> Non
         known = ", ".join(repr(name) for name in supported)
         raise InputError(
             f"{path}: model_type is {model_type!r}; only {known} is supported ('llava' is "
-            "LLaVA-1.5 and the interleave models, not LLaVA-NeXT or OneVision)"
+            "LLaVA-1.5 and the interleave models, not LLaVA-NeXT)"
         )
     # MLX's conversions have the shorter key.
     if raw.get("quantization_config") or raw.get("quantization"):
@@ -88,14 +88,16 @@ def refuse_unsupported(path: Path, raw: dict, supported: Collection[str]) -> Non
         )
 
 
-def read_llava_config(folder: Path, llava_class, vision_class, text_class):
+def read_llava_config(
+    folder: Path, llava_class, vision_class, text_class, model_type: str = "llava"
+):
     """Read the config.json and generation_config.json of a LLaVA folder into three dataclasses.
 
     llava_class: has the fields `vision` and `text`, of the other two classes, and
     `eos_token_ids`; the other fields are keys of config.json. Returns a llava_class.
     Raises InputError for keys of a wrong type and for what is not implemented."""
     path = folder / "config.json"
-    raw = read_config(folder, supported=("llava",))
+    raw = read_config(folder, supported=(model_type,))
     if isinstance(raw.get("vision_feature_layer"), list):
         raise InputError(f"{path}: vision_feature_layer is a list; only one is supported")
 
@@ -142,24 +144,49 @@ def read_section(cls, path: Path, name: str, raw: dict, defaults: dict[str, dict
     values = dict(defaults[model_type])
     values.update(section)
     values["model_type"] = model_type
-    values["rope_theta"] = read_rope_theta(where, section)
+    values["rope_theta"], values["rope_scaling"] = read_rope(where, section)
     return fill(cls, values, where)
 
 
-def read_rope_theta(where: str, section: dict):
-    """The base of the rotary angles, None where there is none. Raises InputError for scaled ones.
+def read_rope(where: str, section: dict) -> tuple:
+    """The base of the rotary angles, and Llama-3.1's scaling of them; None where there is none.
 
-    Old files have `rope_theta` and perhaps `rope_scaling`, new ones `rope_parameters`."""
+    Old files have `rope_theta` and perhaps `rope_scaling`, new ones `rope_parameters`.
+    Raises InputError for other scalings."""
     theta = section.get("rope_theta")
+    scaling = None
     for key in ("rope_scaling", "rope_parameters"):
         rope = section.get(key) or {}
-        if not is_plain_rope(rope):
+        if is_llama3_rope(rope):
+            scaling = {name: rope[name] for name in LLAMA3_ROPE}
+            scaling["rope_type"] = "llama3"
+        elif not is_plain_rope(rope):
             raise InputError(
-                f"{where}{key} is {rope!r}; only plain rotary embeddings are implemented"
+                f"{where}{key} is {rope!r}; only plain rotary embeddings and Llama-3.1's "
+                "('llama3') are implemented"
             )
         # The newer key wins where a file has both.
         theta = rope.get("rope_theta", theta)
-    return theta
+    return theta, scaling
+
+
+LLAMA3_ROPE = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def is_llama3_rope(rope) -> bool:
+    if not isinstance(rope, dict) or "llama3" not in (rope.get("rope_type"), rope.get("type")):
+        return False
+    numbers = [rope.get(name) for name in LLAMA3_ROPE]
+    for number in numbers:
+        if type(number) not in (int, float) or not 0 < number <= LARGEST_FLOAT:
+            return False
+    _, low, high, _ = numbers
+    return low < high
 
 
 def is_plain_rope(rope) -> bool:

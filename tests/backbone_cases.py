@@ -68,6 +68,7 @@ class Case:
     vision_config: dict = field(default_factory=dict)
     top: dict = field(default_factory=dict)
     # What changes in `preprocessor` as the released files have it, and the sizes that belong to it.
+    is_exported: bool = True
     released_preprocessor: dict = field(default_factory=dict)
     released_config: dict = field(default_factory=dict)
 
@@ -255,6 +256,68 @@ class QwenCase(Case):
         return prompt.replace("<|image_pad|>", "<|image_pad|>" * count)
 
 
+class OneVisionCase(Case):
+    def processor(self, folder):
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        oracle = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+
+        def of_one(images, return_tensors):
+            """As it prepares several images of one sample: one tile each."""
+            prepared = oracle([[*images, *images]], return_tensors=return_tensors)
+            return {"pixel_values": prepared["pixel_values"][: len(images)]}
+
+        return of_one
+
+    def inputs(self, pixels):
+        pixels = torch.stack(list(pixels))
+        sizes = [pixels.shape[-2:]] * len(pixels)
+        return {
+            "pixel_values": pixels[:, None],
+            "image_sizes": torch.tensor(sizes),
+            # Images of a sample; of one alone transformers would make several tiles.
+            "batch_num_images": torch.tensor([max(len(pixels), 2)]),
+        }
+
+    def reference_name(self, name):
+        return name if name.startswith("lm_head.") else "model." + name
+
+
+ONEVISION = dict(
+    special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"],
+    image_token="<image>",
+    stop_token="<|im_end|>",
+    preprocessor={
+        "do_pad": True,
+        "image_grid_pinpoints": [[32, 32]],
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.4, 0.6],
+        "resample": 3,
+        "size": {"height": 32, "width": 32},
+    },
+    text_config=dict(model_type="qwen2"),
+    vision_config=dict(
+        model_type="siglip_vision_model",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        layer_norm_eps=0.02,
+        vision_use_head=False,
+    ),
+    top=dict(image_grid_pinpoints=[[32, 32]]),
+    is_exported=False,
+    released_preprocessor={
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "size": {"height": 384, "width": 384},
+    },
+    released_config={"model_type": "llava_onevision"},
+)
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
 QWEN_TOKENS += ["<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -283,6 +346,7 @@ QWEN = dict(
 )
 CASES = {
     "qwen2_vl": QwenCase(model_type="qwen2_vl", **QWEN),
+    "llava_onevision": OneVisionCase(model_type="llava_onevision", **ONEVISION),
     "idefics3": SmolCase(model_type="idefics3", **SMOL),
     "smolvlm": SmolCase(model_type="smolvlm", **SMOL),
 }

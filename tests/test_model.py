@@ -491,6 +491,7 @@ def test_absent_keys_mean_what_transformers_means(tmp_path, config):
     theirs = transformers.LlavaConfig.from_pretrained(tmp_path)
     text = theirs.text_config
     text.rope_theta = text.rope_parameters["rope_theta"]
+    text.rope_scaling = None
     text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     text.attention_bias = getattr(text, "attention_bias", False)
     text.mlp_bias = getattr(text, "mlp_bias", False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data import open_image
 from eval import TOY_MODEL
 from toy import ablation, world
 from toy.world import Caption, Scene, SceneTable, Thing, truth
@@ -46,7 +47,8 @@ def is_true(text, scene):
         ("A square is left of a star, with a heart.", False, True),
         ("A square is left of a star, with a square.", False, False),  # two things need two objects
         (
-            "There are two objects on a navy background. In the top left there is a large cyan heart.",
+            "There are two objects on a navy background. "
+            "In the top left there is a large cyan heart.",
             True,
             False,
         ),
@@ -100,7 +102,8 @@ def test_sentences_are_english():
     )
     arrow = Thing(None, "orange", "arrow")
     assert str(Caption("there is ", (arrow, STAR, HEART), "above", background="gray")) == (
-        "There is an orange arrow above a small red star, with a large cyan heart on a gray background."
+        "There is an orange arrow above a small red star, "
+        "with a large cyan heart on a gray background."
     )
     assert (
         str(Caption("", (Thing(None, None, "hourglass"),), place="top left"))
@@ -192,9 +195,12 @@ def read_lines(path):
 def test_training_records(folder):
     records, groups = read_lines(folder / "train.jsonl"), {}
     assert len(records) == 40
+    parts = [record["part"] for record in records]  # one behind the other, and nothing else
+    assert [start for start, _ in parts] == [0, *(sum(part) for part in parts[:-1])]
+    assert sum(parts[-1]) == (folder / "images/train.bin").stat().st_size
     for record in records:
-        with Image.open(folder / record["image"]) as picture:
-            assert picture.size == (48, 48) and picture.mode == "RGB"
+        picture = open_image(folder / record["image"], record["part"])
+        assert picture.size == (48, 48)
         assert len(record["short"]) == 5 and len(record["long"]) == 1
         words = [
             len(text.replace(".", " .").replace(",", " ,").split())

@@ -504,7 +504,7 @@ def test_embedding_depends_on_nothing_around_it(small_world):
     with_caption = F.normalize(hidden[torch.arange(len(hidden)), chunk.summary], dim=-1)[
         chunk.pair.argsort()
     ]
-    paths = [small_world / "images/train" / f"{index:06d}.png" for index in range(2)]
+    paths = [small_world / "images/test" / f"{index:06d}.png" for index in range(2)]
     images = [open_image(path) for path in paths]
     torch.testing.assert_close(
         encode_image(embedder, images)[:1], encode_image(embedder, images[:1]), rtol=0, atol=1e-5

@@ -1,11 +1,12 @@
 """The paper's table 4 and more, on the toy world: which part brings what, over three seeds.
 
-    python -m toy.ablation                  every row and seed that toy/ablation.json lacks, then the tables
+    python -m toy.ablation          every row and seed that toy/ablation.json lacks, then tables
     python -m toy.ablation --rows "both + AR" "CLIP from scratch" --seeds 0 --split val
 
-All rows see the same scenes for the same number of steps, in the order that the seed gives; the CLIP trained from
-scratch gets the seconds that the same seed's "both + AR" took. Results are written after each run, so an interrupted
-ablation goes on where it stopped. Choices were made on the validation split; the tables are of the test split.
+All rows see the same scenes for the same number of steps, in the order that the seed gives; the
+CLIP trained from scratch gets the seconds that the same seed's "both + AR" took. Results are
+written after each run, so an interrupted ablation goes on where it stopped. Choices were made on
+the validation split; the tables are of the test split.
 """
 
 import argparse

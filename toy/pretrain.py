@@ -1,18 +1,22 @@
-"""Makes toy/tiny-llava from nothing: a small LLaVA that has learned to look, to read and to answer, and nothing else.
+"""Makes toy/tiny-llava from nothing: a small LLaVA that has learned to look, read and answer.
 
-    python -m toy.pretrain                                       about 9 minutes on two idle CPU cores
-    python -m toy.pretrain --plain --out toy/tiny-llava-plain    the same without binding words
+    python -m toy.pretrain                                      9 minutes on two idle CPU cores
+    python -m toy.pretrain --plain --out toy/tiny-llava-plain   the same without binding words
 
-Purely generative, as real LVLMs are trained: captions, questions about pictures and about texts, one-word summaries.
-No two examples are ever compared: whatever the embeddings can do afterwards comes from generation.
+Purely generative, as real LVLMs are trained: captions, questions about pictures and about texts,
+one-word summaries. No two examples are ever compared: whatever the embeddings can do afterwards
+comes from generation.
 
-The language has compound nouns, as German has: "red-ring" (a color and its shape), "large-red", "large-ring", and
-"left-red", "top-ring" (on which side of another object). They are answers to "Summarize the provided image in one
-word:" that are right of a picture with a red ring and a blue star, and wrong of one with a red star and a blue ring.
-Every true word is a right answer, so the target is their distribution. Without them (--plain) a summary is a bag of
-words, and so is every embedding made from it.
+The language has compound nouns, as German has: "red-ring" (a color and its shape), "large-red",
+"large-ring", and "left-red", "top-ring" (on which side of another object). They are answers to
+"Summarize the provided image in one word:" that are right of a picture with a red ring and a blue
+star, and wrong of one with a red star and a blue ring. Every true word is a right answer, so the
+target is their distribution. Without them (--plain) a summary is a bag of words, and so is every
+embedding made from it.
 
-Each scene is made up on the spot, from the "train" split of the toy world: the model hardly sees one twice.
+Each scene is made up on the spot, from the "train" split of the toy world: the model hardly sees
+one twice.
+
 Axes: B rows of a batch, T tokens, D hidden, V vocabulary.
 """
 
@@ -45,15 +49,16 @@ SIDES = dict(
     zip(RELATIONS, [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")])
 )  # of both things
 TOKEN = r"user:|assistant:|[a-z]+(?:-[a-z]+)*|[^\sa-z]"
-OTHER_WORDS = """user: assistant: summarize the provided image text in one word : describe detail . briefly ? , an a is
-are there of picture shows with and on background objects object what color size shape where how many nothing unknown
-yes no left right top bottom above below"""
+OTHER_WORDS = """user: assistant: summarize the provided image text in one word : describe detail .
+briefly ? , an a is are there of picture shows with and on background objects object what color
+size shape where how many nothing unknown yes no left right top bottom above below"""
 
 STEPS = 1600
 SCENES_A_STEP = 16
 MUON_RATE = 4e-3
 ADAMW_RATE = 1.8e-3
-SUMMARY_WEIGHT = 1.0  # of the summaries' loss against the answers'; at 0.2 the summaries of texts stay bags of words
+# Of the summaries' loss against the answers'; at 0.2 summaries of texts stay bags of words.
+SUMMARY_WEIGHT = 1.0
 LOG_EVERY = 50  # steps
 
 VISION = VisionConfig(
@@ -70,7 +75,7 @@ TEXT.max_position_embeddings = 512
 MODEL = LlavaConfig(VISION, TEXT, image_token_id=IMAGE, pad_token_id=PAD, eos_token_ids=(STOP,))
 
 
-# ----------------------------------------------------------------------------------------------------------- language
+# ---- language
 
 
 def binding_words() -> list[str]:
@@ -151,7 +156,7 @@ def summarize_caption(caption: Caption, plain: bool) -> dict[str, float]:
     return summary_words(caption.things, [*known, set()], caption.background, plain)
 
 
-# ------------------------------------------------------------------------------------------------------------ lessons
+# ---- lessons
 
 
 class Dialogue:
@@ -275,7 +280,7 @@ def make_dialogues(
     return dialogues
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# ---- training
 
 
 def initialize(model: Llava) -> None:
@@ -388,7 +393,7 @@ def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool
     return log
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+# ---- evaluation
 
 
 @torch.no_grad()
@@ -445,7 +450,7 @@ def evaluate(model: Llava, tokenizer: Tokenizer, number: int = 500) -> dict[str,
     return {key: round(value, 3) for key, value in scores.items()}
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# ---- files
 
 
 def save(

@@ -1,29 +1,35 @@
-"""The toy world: small pictures, what is true of them, and the same files a real data set would have.
+"""The toy world: small pictures, what is true of them, and the files a real data set would have.
 
     python -m toy.world                     writes toy/data (about 20 seconds)
     python -m toy.world --sheet sheet.png   draws a contact sheet of a dozen scenes
 
-A scene is a 48 x 48 picture with a background and four places; two to four of them hold an object with a size,
-a color and a shape. One example, worked by hand:
+A scene is a 48 x 48 picture with a background and four places; two to four of them hold an object
+with a size, a color and a shape. One example, worked by hand:
 
-    Scene(background="navy", objects=(Thing("large", "cyan", "heart"), None, Thing("small", "pink", "square"), None))
+    Scene(
+        background="navy",
+        objects=(Thing("large", "cyan", "heart"), None, Thing("small", "pink", "square"), None),
+    )
 
-            left      right         the large cyan heart is in the top left,
-    top     heart       -           the small pink square in the bottom left, so the heart is above the square;
-    bottom  square      -           neither is left of the other, they share a column.
+            left      right      the large cyan heart is in the top left,
+    top     heart       -        the small pink square in the bottom left, so the heart is above
+    bottom  square      -        the square; neither is left of the other, they share a column.
 
-    a short caption   "A pink square is below a cyan heart."            says a part of the truth
+    a short caption   "A pink square is below a cyan heart."      says a part of the truth
     its paraphrase    "The picture shows a cyan heart above a pink square."
-    a long caption    "There are two objects on a navy background. In the top left there is a large cyan heart. ..."
-    swap_att          "A cyan square is below a pink heart."            same words, false: who owns which color?
-    the twin          the scene with the two colors exchanged, of which that negative is true and the caption false
+    a long caption    "There are two objects on a navy background. In the top left there is ..."
+    swap_att          "A cyan square is below a pink heart."      same words, false: who owns what?
+    the twin          the scene with the two colors exchanged, of which that negative is true and
+                      the caption false
 
-With 12 colors and 16 shapes two scenes rarely share their words, so a model can tell the pictures of a batch apart by
-their words alone: the short-cut that makes a contrastive model read captions like bags of words.
+With 12 colors and 16 shapes two scenes rarely share their words, so a model can tell the pictures
+of a batch apart by their words alone: the short-cut that makes a contrastive model read captions
+like bags of words.
 
-Every caption is written from the scene, then read back by `truth`, which knows only the grammar of the sentences and
-the scene. Captions have to pass it, negatives have to fail it. A scene belongs to the split that a hash of its set of
-(color, shape) pairs chooses, so the sets of the test scenes never occur in training.
+Every caption is written from the scene, then read back by `truth`, which knows only the grammar of
+the sentences and the scene. Captions have to pass it, negatives have to fail it. A scene belongs to
+the split that a hash of its set of (color, shape) pairs chooses, so the sets of the test scenes
+never occur in training.
 """
 
 import argparse
@@ -36,13 +42,14 @@ import shutil
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-VERSION = 1  # raise it whenever the files would change: an older folder is then built anew
+VERSION = 2  # raise it whenever the files would change: an older folder is then built anew
+TRAINING_PICTURES = "images/train.bin"  # all of them, as PNGs one behind the other
 IMAGE_SIZE = 48  # pixels; a place is a quarter of the picture
 PLACE_SIZE = IMAGE_SIZE // 2
 JITTER = 2  # pixels an object may lie off the middle of its place
@@ -62,7 +69,8 @@ COLORS = {
     "magenta": (240, 50, 200),
     "brown": (150, 95, 45),
 }
-# Drawn in this order in the unit square, y down: box and ellipse by left, top, right, bottom, polygon by its corners.
+# Drawn in this order in the unit square, y down: box and ellipse by left, top, right, bottom,
+# polygon by its corners.
 SHAPES = {
     "circle": [("ellipse", 0, 0, 1, 1)],
     "square": [("box", 0.06, 0.06, 0.94, 0.94)],
@@ -173,7 +181,7 @@ def holds(relation: str, first: int, second: int) -> bool:
     }[relation]
 
 
-# ----------------------------------------------------------------------------------------------- scenes and pictures
+# ---- scenes and pictures
 
 
 def split_of(objects: tuple[Thing | None, ...]) -> str:
@@ -271,7 +279,7 @@ def render(scene: Scene, rng: random.Random) -> np.ndarray:
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------- captions
+# ---- captions
 
 
 def sample_caption(
@@ -373,7 +381,7 @@ def sample_negatives(caption: Caption, scene: Scene, rng: random.Random) -> dict
     return negatives
 
 
-# -------------------------------------------------------------------------------------------------------------- truth
+# ---- truth
 
 
 def one_of(words) -> str:
@@ -427,7 +435,8 @@ def truth(text: str, scenes: SceneTable) -> np.ndarray:
             answer &= scenes.background == background[0]
         if number:
             answer &= scenes.number == number[0]
-        fits = []  # for each thing: does the object at a place fit what is said about it? (4 places, scenes)
+        # For each thing: does the object at a place fit what is said of it? (4 places, scenes)
+        fits = []
         for words in THING.findall(sentence):
             fit = scenes.objects[2] >= 0
             for codes, known, word in zip(scenes.objects, ATTRIBUTES.values(), words):
@@ -478,7 +487,7 @@ def score_captions(generated: list[str], references: list[list[str]]) -> dict[st
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# ---- files
 
 
 def save_picture(path: Path, scene: Scene, rng: random.Random) -> None:
@@ -496,13 +505,13 @@ def save_lines(path: Path, records: list[dict]) -> None:
 
 
 def training_record(
-    number: int, scene: Scene, twin: Scene | None, folder: Path, rng: random.Random
+    scene: Scene, twin: Scene | None, pictures: BinaryIO, rng: random.Random
 ) -> dict:
-    """Draws the picture and writes five short captions, which are false of the twin, and a long
-    one.
-    """
-    image = f"images/train/{number:06d}.png"
-    save_picture(folder / image, scene, rng)
+    """Draws the picture, behind the others in one file, and writes five short captions, which are
+    false of the twin, and a long one."""
+    start = pictures.tell()
+    Image.fromarray(render(scene, rng)).save(pictures, "PNG")
+    part = [start, pictures.tell() - start]
     table, short = SceneTable([scene, twin] if twin else [scene]), []
     while len(short) < 5:
         caption = str(sample_caption(scene, rng, number=rng.choice([2, 2, 3])))
@@ -510,23 +519,29 @@ def training_record(
         assert true[0], (scene, caption)
         if not true[1:].any():
             short.append(caption)
-    return {"image": image, "short": short, "long": [long_caption(scene, rng)]}
+    record = {"image": TRAINING_PICTURES, "part": part}
+    return record | {"short": short, "long": [long_caption(scene, rng)]}
 
 
 def build_training(folder: Path, rng: random.Random, number: int, progress: tqdm) -> None:
-    """Half of the scenes stand alone, half come as groups of a scene and its twin."""
+    """Half of the scenes stand alone, half come as groups of a scene and its twin.
+
+    All pictures stand in one file, one behind the other: thousands of small ones are slow to write
+    where a virus scanner or a network folder looks at each."""
     records = []
-    while len(records) < number:
-        scene = sample_scene(rng, "train")
-        pair = [scene, sample_twin(scene, rng, "train")] if len(records) % 4 == 2 else [scene]
-        for one, other in zip(pair, pair[::-1]):
-            record = training_record(
-                len(records), one, other if len(pair) == 2 else None, folder, rng
-            )
-            if len(pair) == 2:
-                record["group"] = f"g{len(records) // 4}"
-            records.append(record)
-            progress.update()
+    path = folder / TRAINING_PICTURES
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as pictures:
+        while len(records) < number:
+            scene = sample_scene(rng, "train")
+            pair = [scene, sample_twin(scene, rng, "train")] if len(records) % 4 == 2 else [scene]
+            for one, other in zip(pair, pair[::-1]):
+                twin = other if len(pair) == 2 else None
+                record = training_record(one, twin, pictures, rng)
+                if len(pair) == 2:
+                    record["group"] = f"g{len(records) // 4}"
+                records.append(record)
+                progress.update()
     save_lines(folder / "train.jsonl", records)
 
 
@@ -644,12 +659,15 @@ def build(
 ) -> Path:
     """Writes the world's files into `folder` and returns it; at once if they are there already.
 
-    train.jsonl, val.jsonl, test.jsonl     records {"image", "short", "long"}; "group" joins a scene
-    and its twin images/{train,val,test}/               the pictures {val,test}/karpathy.json
-    retrieval, the format of Flickr30k and COCO (Karpathy) {val,test}/sugarcrepe/*.json
-    seven files, pictures in images/{val,test} {val,test}/sugarcrepe++/*.json         five files
-    {val,test}/winoground/                 examples.jsonl and images/ {val,test}/tests.json
-    lists all of these for eval.py
+    train.jsonl, val.jsonl, test.jsonl   records {"image", "short", "long"}; of training also
+                                         "part", and "group", which joins a scene and its twin
+    images/train.bin                     the training pictures, one behind the other
+    images/{val,test}/                   the others, a file each
+    {val,test}/karpathy.json             retrieval, the format of Flickr30k and COCO (Karpathy)
+    {val,test}/sugarcrepe/*.json         seven files, pictures in images/{val,test}
+    {val,test}/sugarcrepe++/*.json       five files
+    {val,test}/winoground/               examples.jsonl and images/
+    {val,test}/tests.json                lists all of these for eval.py
 
     Everything is written into a folder beside it, which is renamed when it is complete. Raises
     FileExistsError if `folder` holds anything that is not a toy world, rather than delete it.
@@ -683,11 +701,11 @@ def build(
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     pairs = counts["test"]["captions"] * (test_scenes - 1)
+    also_true = counts["test"]["false negative pairs"]
     print(
-        f"toy world in {folder}: of {pairs:,} pairs of a test picture and another picture's caption,",
-        end=" ",
+        f"toy world in {folder}: of {pairs:,} pairs of a test picture and another picture's "
+        f"caption, {also_true} are true all the same (false negatives)"
     )
-    print(f"{counts['test']['false negative pairs']} are true all the same (false negatives)")
     return folder
 
 

@@ -406,7 +406,7 @@ draw.pictures(pictures[:2], said, columns=2, width=48, side=2.6)
 
 
 # %%
-def no_rotation(positions, head_dim, theta, dtype):
+def no_rotation(positions, head_dim, theta, dtype, scaling):
     B, T = positions.shape
     cos = torch.ones(B, 1, T, head_dim, dtype=dtype)  # cos 0
     sin = torch.zeros(B, 1, T, head_dim, dtype=dtype)  # sin 0

@@ -47,7 +47,8 @@ dataset = CaptionDataset(WORLD / "train.jsonl", layout, embedder.processor)
 
 
 def picture_of(index):
-    return open_image(dataset.root / dataset.record(index)["image"])
+    record = dataset.record(index)
+    return open_image(dataset.root / record["image"], record.get("part"))
 
 
 # %% [markdown]
