@@ -111,7 +111,7 @@ class Layout:
         self.prefix = [1, 2, 3, 4] + [config.image_token_id] * config.num_image_tokens
         self.image_summary = len(self.prefix) + 11
 
-    def image_side(self, caption=None) -> list[int]:
+    def image_side(self, caption=None, image=None) -> list[int]:
         return self.prefix + self.soft[0] + (caption + [2] if caption else [])
 
     def text_side(self, caption: list[int]) -> list[int]:
