@@ -165,7 +165,7 @@ REFUSED = [
     ({"vision_config.depth": 2000}, "more than 1000 layers"),
     ({"vision_config.patch_size": "8"}, "patch_size is '8'"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
-    ({"model_type": "qwen2_5_vl"}, "'qwen2_5_vl'; only 'llava', 'idefics3', 'smolvlm', 'qwen2_vl'"),
+    ({"model_type": "qwen2_5_vl"}, "model_type is 'qwen2_5_vl'; only 'llava', 'idefics3', "),
 ]
 
 
