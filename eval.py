@@ -481,8 +481,6 @@ def fingerprint(embedder: Embedder) -> str:
         layout.tokenizer.tokenizer.to_str(),
     ]
     tensors = model.state_dict()
-    # What a loss learns, such as the temperature, is in no embedding: the names without a dot.
-    tensors = {name: tensor for name, tensor in tensors.items() if "." in name}
     return fingerprint_of(tensors, settings)
 
 

@@ -708,8 +708,14 @@ class Llava(nn.Module):
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
         """The state dict without what training added. Raises ValueError where LoRA is in it."""
-        # What a loss learns, such as the temperature, is the model's own: a name without a dot.
-        tensors = {name: t for name, t in self.state_dict().items() if "." in name}
+        with torch.device("meta"):  # shapes without memory
+            own_names = type(self)(self.config).state_dict().keys()
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            # What a loss learns, such as the temperature, stands beside the model's parts.
+            is_of_a_loss = "." not in name and name not in own_names
+            if not is_of_a_loss:
+                tensors[name] = tensor
         if any(".lora_A." in name for name in tensors):
             raise ValueError("the model has LoRA in it: merge_lora first, or save_adapter")
         return tensors

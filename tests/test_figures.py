@@ -32,8 +32,10 @@ def data(tmp_path_factory):
     rng = random.Random(0)
     scenes = [world.sample_scene(rng, "test") for _ in range(8)]
     records = []
-    for number, scene in enumerate(scenes):
-        records.append(world.training_record(number, scene, None, folder, rng))
+    with open(folder / "pictures.bin", "wb") as pictures:
+        for scene in scenes:
+            record = world.training_record(scene, None, pictures, rng)
+            records.append(record | {"image": "pictures.bin"})
     world.save_lines(folder / "test.jsonl", records)
     return folder / "test.jsonl"
 
