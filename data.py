@@ -71,6 +71,53 @@ IMAGE_KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
 NO_PAIR = -1  # place of a sequence that has no partner in the contrastive loss
 
 
+# ---- What comes out
+
+
+@dataclass
+class Sample:
+    """One record, read: an image, and one caption of each kind where there is one.
+
+    A record that cannot be read has an `error` that says why, and nothing else."""
+
+    pixel_values: torch.Tensor | None  # (3, height, width) fp32
+    short: str | None  # for the contrastive loss
+    long: list[int] | None  # ids, for the autoregressive loss
+    error: str | None = None
+
+
+@dataclass
+class Chunk:
+    """Sequences of similar length, padded on the right: one forward pass.
+
+    Chunks of texts have neither `labels` nor `pixel_values`."""
+
+    input_ids: torch.Tensor  # (b, T) int64
+    summary: torch.Tensor  # (b,) int64, the position whose hidden state is the embedding
+    pair: torch.Tensor  # (b,) int64, the sequence's place among the contrastive pairs, or NO_PAIR
+    labels: torch.Tensor | None = None  # (b, T) int64, the NEXT token, IGNORE outside of captions
+    # (b, 3, height, width) fp32; where sizes differ, a list of (3, height, width)
+    pixel_values: torch.Tensor | list[torch.Tensor] | None = None
+
+    def to(self, device: torch.device | str) -> "Chunk":
+        moved = {}
+        for name, value in vars(self).items():
+            if value is not None:
+                moved[name] = move_images(value, device)
+        return Chunk(**moved)
+
+
+@dataclass
+class Batch:
+    """The data of one optimizer step, in chunks that are small enough for one forward pass each."""
+
+    images: list[Chunk]
+    texts: list[Chunk]
+    num_pairs: int
+    num_tokens: int  # supervised by the autoregressive loss, in all chunks together
+    skipped: list[str]  # why records of this batch could not be used
+
+
 # ---- Text
 
 
@@ -631,18 +678,6 @@ def read_pixel_table(raw: dict, where: str) -> np.ndarray:
 # ---- Training data
 
 
-@dataclass
-class Sample:
-    """One record, read: an image, and one caption of each kind where there is one.
-
-    A record that cannot be read has an `error` that says why, and nothing else."""
-
-    pixel_values: torch.Tensor | None  # (3, height, width) fp32
-    short: str | None  # for the contrastive loss
-    long: list[int] | None  # ids, for the autoregressive loss
-    error: str | None = None
-
-
 class CaptionDataset(Dataset):
     """A JSONL file of captioned images (see the top of this file). Lines are read when needed.
 
@@ -896,38 +931,6 @@ class ResumableSampler(Sampler):
 
 
 # ---- Batches
-
-
-@dataclass
-class Chunk:
-    """Sequences of similar length, padded on the right: one forward pass.
-
-    Chunks of texts have neither `labels` nor `pixel_values`."""
-
-    input_ids: torch.Tensor  # (b, T) int64
-    summary: torch.Tensor  # (b,) int64, the position whose hidden state is the embedding
-    pair: torch.Tensor  # (b,) int64, the sequence's place among the contrastive pairs, or NO_PAIR
-    labels: torch.Tensor | None = None  # (b, T) int64, the NEXT token, IGNORE outside of captions
-    # (b, 3, height, width) fp32; where sizes differ, a list of (3, height, width)
-    pixel_values: torch.Tensor | list[torch.Tensor] | None = None
-
-    def to(self, device: torch.device | str) -> "Chunk":
-        moved = {}
-        for name, value in vars(self).items():
-            if value is not None:
-                moved[name] = move_images(value, device)
-        return Chunk(**moved)
-
-
-@dataclass
-class Batch:
-    """The data of one optimizer step, in chunks that are small enough for one forward pass each."""
-
-    images: list[Chunk]
-    texts: list[Chunk]
-    num_pairs: int
-    num_tokens: int  # supervised by the autoregressive loss, in all chunks together
-    skipped: list[str]  # why records of this batch could not be used
 
 
 @dataclass
