@@ -6,14 +6,15 @@
 `load` chooses the class by config.json's "model_type". `Llava` (model.py) is the reference of the
 contract. Another model is one more file in this folder, with a class that fulfils `Backbone`, and
 one more line in BACKBONES; data, LoRA, losses, training and evaluation stay as they are.
-docs/your-own-backbone.md adds one step by step.
+docs/your-own-backbone.md adds one step by step, and says which models are not served.
 
 Beside the members below, two properties of the computation are part of the contract:
 
   causal    A hidden state depends on its own token and those in front of it, never on those
             behind. So right padding needs no mask, and one forward pass of an image's sequence
             gives both its embedding (at the summary position) and the states that predict the
-            caption behind it.
+            caption behind it. A prefix that sees itself in both directions does not fit.
+  a head    `logits(hidden)` is hidden @ lm_head.weight.T: no bias, no cap.
   a Module  The class is a torch.nn.Module whose parameters are the base model's weights and
             nothing else. What is trained is added from outside (lora.py).
 
