@@ -319,6 +319,7 @@ def rotary_embedding(
 
 def longer_periods(periods, scaling: dict):
     """Llama-3.1's change to RoPE for long texts (arXiv 2407.21783): slow angles turn more slowly.
+    LLaVA-1.5 has none of it: to be skipped at a first reading.
 
     What turns often within the old context keeps its period. What does not even turn
     `low_freq_factor` times in it takes `factor` times as long; in between, it is blended."""
@@ -330,7 +331,9 @@ def longer_periods(periods, scaling: dict):
 
 
 def cos_and_sin(angles, dtype: torch.dtype):
-    """Angles (..., head_dim / 2) -> what `rotate` takes, two tensors (..., head_dim)."""
+    """Angles (..., head_dim / 2) -> what `rotate` takes, two tensors (..., head_dim).
+
+    On its own because Qwen2-VL comes to its angles in another way."""
     cos = angles.cos()
     sin = angles.sin()
     cos = torch.cat([cos, cos], dim=-1)
@@ -446,6 +449,7 @@ class LanguageModel(nn.Module):
         return self.run_layers(x, cos, sin, cache)
 
     def run_layers(self, x, cos, sin, cache):
+        """All layers and the final norm. Qwen2-VL enters here, with angles of its own."""
         for index, layer in enumerate(self.layers):
             if index < self.checkpoint_layers and torch.is_grad_enabled():
                 # The reentrant kind would give LoRA no gradient, as its input x needs none.
@@ -539,7 +543,9 @@ class Llava(nn.Module):
         self.add_language_model(LanguageModel(config.text))
 
     def add_language_model(self, language_model: LanguageModel) -> None:
-        """The last two parts: the language model, and the head that its embedding may be."""
+        """The last two parts; other backbones, which have other towers, call this as well.
+
+        The head may be the embedding once more (a tied head)."""
         text = language_model.config
         self.language_model = language_model
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
