@@ -19,6 +19,10 @@ Searching, conversations and other uses are scripts in examples/.
 Axes: B batch, T tokens, D hidden.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # waiting threads sleep soon, see train.py
+
 import argparse
 import hashlib
 import json
