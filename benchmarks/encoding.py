@@ -13,13 +13,14 @@ import argparse
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.measure import DEVICE, device_name, paired_ratio
+from benchmarks.measure import DEVICE, device_name, paired_ratio, write_json
 from benchmarks.step import SIZES, Layout, transformers_twin
 from eval import Embedder, encode
 from model import Llava, LlavaConfig
@@ -122,6 +123,32 @@ def compare(ours: Callable, theirs: Callable, rounds: int) -> dict[str, float]:
     return result
 
 
+def run(size: str, pictures: int, captions: int, batch: int, rounds: int, report) -> None:
+    """Both kinds of input, beside both ways. report: is given each row."""
+    config = SIZES[size][0]
+    model = random_model(config)
+    twin = transformers_twin(model).eval()
+    # Ids and pixels are made here: nothing is left for a tokenizer or a processor to do.
+    embedder = Embedder(model, layout=None, processor=None)
+    tasks = make_tasks(config, pictures, captions)
+    for name, (rows, images) in tasks.items():
+        batch_size = batch if images else 4 * batch
+        by_length = sorted(rows, key=len)
+        ours = partial(encode, embedder, rows, images, batch_size)
+        for way, function in WAYS.items():
+            theirs = partial(function, twin, rows, images, batch_size)
+            theirs_order = rows if way == "plain" else by_length
+            result = {"what": name, "against": way, "device": device_name(), "size": size}
+            result.update(compare(ours, theirs, rounds))
+            result["per_second"] = len(rows) / result.pop("seconds_of_first")
+            result["padding_percent"] = padding(by_length, batch_size)
+            result["their_padding_percent"] = padding(theirs_order, batch_size)
+            for key, value in result.items():
+                if isinstance(value, float):
+                    result[key] = round(value, 7)
+            report(result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,30 +159,17 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16, help=batch)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
 
-    config = SIZES[args.size][0]
-    model = random_model(config)
-    twin = transformers_twin(model).eval()
-    # Ids and pixels are made here: nothing is left for a tokenizer or a processor to do.
-    embedder = Embedder(model, layout=None, processor=None)
-    tasks = make_tasks(config, args.pictures, args.captions)
-    for name, (rows, images) in tasks.items():
-        batch_size = args.batch if images else 4 * args.batch
-        by_length = sorted(rows, key=len)
-        ours = partial(encode, embedder, rows, images, batch_size)
-        for way, function in WAYS.items():
-            theirs = partial(function, twin, rows, images, batch_size)
-            theirs_order = rows if way == "plain" else by_length
-            result = {"what": name, "against": way, "device": device_name(), "size": args.size}
-            result.update(compare(ours, theirs, args.rounds))
-            result["per_second"] = len(rows) / result.pop("seconds_of_first")
-            result["padding_percent"] = padding(by_length, batch_size)
-            result["their_padding_percent"] = padding(theirs_order, batch_size)
-            for key, value in result.items():
-                if isinstance(value, float):
-                    result[key] = round(value, 7)
-            print(json.dumps(result))
+    rows = []
+
+    def report(row: dict) -> None:
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        write_json(args.json, rows)
+
+    run(args.size, args.pictures, args.captions, args.batch, args.rounds, report)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import device_name, paired_ratio
+from benchmarks.measure import DEVICE, device_name, paired_ratio
 from benchmarks.step import (
+    MULTIPLE,
     SIZES,
     Layout,
     adapter_parameters,
@@ -120,7 +121,7 @@ def on_toy(pairs: int) -> tuple[Llava, list[Sample], Batch, int]:
     """The shipped checkpoint with LoRA that has learned something, and a batch of its data."""
     folder = world.build(Path(__file__).parent.parent / "toy" / "data")
     config = TrainConfig()
-    embedder = load_base(TOY_MODEL, "cpu")
+    embedder = load_base(TOY_MODEL, DEVICE, dtype=torch.float32)
     model = embedder.model
     add_adapters(embedder, config)  # with the fast layers
     torch.manual_seed(1)
@@ -135,11 +136,13 @@ def on_toy(pairs: int) -> tuple[Llava, list[Sample], Batch, int]:
 
 
 def at_size(size: str, pairs: int) -> tuple[Llava, list[Sample], Batch, int]:
-    """A model of a real one's size with random weights, and a batch of random tokens."""
+    """A model of a real one's size with random weights, and a batch of random tokens: in bf16 on
+    CUDA, where it has to fit twice."""
     config, _, micro_batch = SIZES[size]
     samples = make_samples(config, pairs)
-    batch = collate(samples, Layout(config), micro_batch)
-    return build_ours(config, torch.float32), samples, batch, micro_batch
+    batch = collate(samples, Layout(config), micro_batch, multiple=MULTIPLE)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    return build_ours(config, dtype), samples, batch, micro_batch
 
 
 def relative_error(found: dict, exact: dict, kind: str) -> float:
@@ -174,6 +177,7 @@ def compare_steps(size: str, pairs: int, rounds: int) -> dict:
         "size": size,
         "pairs": pairs,
         "device": device_name(),
+        "dtype": str(whole.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "weights": weights,
         "gradient_error": {
@@ -194,11 +198,12 @@ def print_steps(result: dict) -> None:
         shown.append(f"{name} {losses[name]:.4f} -> {rounded[name]:.4f}")
     error = result["gradient_error"]
     whole, small = result["weights"]
-    print(f"{result['size']}, {result['pairs']} pairs, {result['device']}, fp32,", end=" ")
+    print(f"{result['size']}, {result['pairs']} pairs, {result['device']},", end=" ")
+    print(result["dtype"], end=", ")
     print(f"torch {result['torch']}")
     print(f"  relative error of the gradients: LoRA {error['.lora_']:.4f},", end=" ")
     print(f"soft prompts {error['embed_tokens']:.4f}; losses: {', '.join(shown)}")
-    print(f"  weights {whole / 1e6:.1f} -> {small / 1e6:.1f} MB (here in fp32)")
+    print(f"  weights {whole / 1e6:.1f} -> {small / 1e6:.1f} MB (here in {result['dtype']})")
     if "time" in result:
         time = result["time"]
         spread = f"{time['low']:.2f} - {time['high']:.2f}"

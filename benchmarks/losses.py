@@ -57,15 +57,28 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
 
 def side_by_side(ours, theirs, inputs: list[torch.Tensor], rounds: int) -> dict:
     row = {"gradients": difference(gradients_of(ours, inputs), gradients_of(theirs, inputs))}
-    row |= {"our_peak_mb": peak_memory(ours) / 1e6, "their_peak_mb": peak_memory(theirs) / 1e6}
+    for name, run in (("our_peak_mb", ours), ("their_peak_mb", theirs)):
+        for tensor in inputs:
+            tensor.grad = None  # else what the run before left would not count
+        row[name] = peak_memory(run) / 1e6
     return row | paired_ratio(ours, theirs, rounds)
 
 
-def cross_entropy_rows(rounds: int) -> list[dict]:
-    """The head is frozen; on the CPU the captions of 32 pairs."""
+# Rows, width and vocabulary; on the CPU the captions of 32 pairs.
+CROSS_ENTROPY_SIZES = [(4800, 256, 32064), (4800, 256, 128256)]
+# Pairs and width.
+CONTRASTIVE_SIZES = [(1024, 512), (4096, 512), (4096, 4096)]
+# Rows, width inside and outside.
+LORA_SIZES = [(2048, 256, 688), (2048, 512, 512), (1024, 1024, 2816)]
+if DEVICE.type != "cpu":
+    CROSS_ENTROPY_SIZES = [(8192, 4096, 32064), (8192, 4096, 128256), (32768, 4096, 32064)]
+    CONTRASTIVE_SIZES = [(4096, 4096), (32768, 4096)]
+    LORA_SIZES = [(4096, 4096, 4096), (4096, 4096, 11008), (4096, 11008, 4096)]
+
+
+def cross_entropy_rows(rounds: int, sizes=CROSS_ENTROPY_SIZES) -> list[dict]:
+    """The head is frozen."""
     rows = []
-    sizes = [(4800, 256, 32064), (4800, 256, 128256)] if DEVICE.type == "cpu" else [
-        (8192, 4096, 32064), (8192, 4096, 128256), (32768, 4096, 32064)]  # fmt: skip
     for N, D, V in sizes:
         hidden = torch.randn(N, D, device=DEVICE, dtype=DTYPE, requires_grad=True)
         weight = torch.randn(V, D, device=DEVICE, dtype=DTYPE) * D**-0.5
@@ -100,13 +113,8 @@ def open_clip_loss(images, texts, scale):
     ) / 2
 
 
-def contrastive_rows(rounds: int) -> list[dict]:
+def contrastive_rows(rounds: int, sizes=CONTRASTIVE_SIZES) -> list[dict]:
     rows = []
-    sizes = (
-        [(1024, 512), (4096, 512), (4096, 4096)]
-        if DEVICE.type == "cpu"
-        else [(4096, 4096), (32768, 4096)]
-    )
     for B, D in sizes:
         inputs = [torch.randn(B, D, device=DEVICE, requires_grad=True) for _ in range(2)]
         inputs.append(torch.tensor(1 / 0.07, device=DEVICE, requires_grad=True))
@@ -122,12 +130,10 @@ def contrastive_rows(rounds: int) -> list[dict]:
     return rows
 
 
-def lora_rows(rounds: int) -> list[dict]:
+def lora_rows(rounds: int, sizes=LORA_SIZES) -> list[dict]:
     import peft
 
     rows = []
-    sizes = [(2048, 256, 688), (2048, 512, 512), (1024, 1024, 2816)] if DEVICE.type == "cpu" else [
-        (4096, 4096, 4096), (4096, 4096, 11008), (4096, 11008, 4096)]  # fmt: skip
     for N, inside, outside in sizes:
         x = torch.randn(N, inside, device=DEVICE, dtype=DTYPE, requires_grad=True)
         frozen = nn.Linear(inside, outside, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(

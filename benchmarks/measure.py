@@ -1,6 +1,8 @@
 """What the benchmarks share: paired times, peak memory, saved bytes, FLOPs."""
 
 import ctypes
+import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -105,12 +107,54 @@ def in_place_product(_, a, b, **ignored) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
+def attention_formula(operation) -> Callable:
+    """Counts one of CUDA's fused attentions, forward or backward, from the shapes of its arguments.
+
+    torch's own formulas refuse grouped queries in some versions, and count what causality leaves
+    out as well as what a kernel computes twice."""
+    names = [argument.name for argument in operation.default._schema.arguments]
+    is_backward = any("grad_out" in name for name in names)
+
+    def formula(*arguments, out_shape=None, **named) -> int:
+        given = dict(zip(names, arguments)) | named
+        batch, heads, T, head_dim = given["query"]
+        flops = 4 * batch * heads * T * given["key"][2] * head_dim
+        if given.get("is_causal"):
+            flops //= 2
+        return 2 * flops if is_backward else flops
+
+    return formula
+
+
+ATTENTIONS = (
+    torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_efficient_attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward,
+)
+
+
 def count_flops(function: Callable) -> int:
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}
-    ) as counter:
+    """Of matrix products; on CUDA of attention, too (the CPU's is not known to the counter)."""
+    formulas = {operation: attention_formula(operation) for operation in ATTENTIONS}
+    formulas[torch.ops.aten.addmm_] = in_place_product
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         function()
     return counter.get_total_flops()
+
+
+def free_memory() -> None:
+    """Give back what the allocator keeps for later; after a failure, what its frames held."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def write_json(path: Path | None, content) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def roof(dtype: torch.dtype) -> float:

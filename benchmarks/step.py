@@ -22,6 +22,9 @@ LoRA has rank 16 on all seven linears.
 import argparse
 import json
 import math
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +37,13 @@ from benchmarks.measure import (
     DEVICE,
     count_flops,
     device_name,
+    free_memory,
     paired_ratio,
     peak_memory,
     roof,
     saved_bytes,
     seconds,
+    write_json,
 )
 from data import Batch, Sample, collate
 from formats.hf import canonical_name
@@ -93,8 +98,36 @@ SMALL = LlavaConfig(  # Qwen2-0.5B and SigLIP-so400m
     vision_feature_select_strategy="full",
 )
 LARGE = LlavaConfig(text=TextConfig(vocab_size=32064))
+# For checks, not for times: few image tokens, grouped queries, a tied head.
+SMALLEST = LlavaConfig(
+    VisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+    ),
+    TextConfig(
+        "qwen2",
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    image_token_id=1000,
+)
 # Config, pairs in a batch, sequences in a micro-batch.
-SIZES = {"tiny": (TINY, 16, 4), "0.9B": (SMALL, 32, 8), "7B": (LARGE, 8, 4)}
+SIZES = {
+    "smallest": (SMALLEST, 4, 2),
+    "tiny": (TINY, 16, 4),
+    "0.9B": (SMALL, 32, 8),
+    "7B": (LARGE, 8, 4),
+}
+MULTIPLE = 32 if DEVICE.type == "cuda" else 1  # to which lengths are rounded, as train.py does
 
 
 class Layout:
@@ -130,8 +163,8 @@ def make_samples(config: LlavaConfig, pairs: int, seed: int = 0) -> list[Sample]
     return [Sample(pixels[i], words(short[i]), words(long[i])) for i in range(pairs)]
 
 
-def build_ours(config: LlavaConfig, dtype: torch.dtype) -> Llava:
-    """Random weights, LoRA that has learned something, soft prompts."""
+def build_ours(config: LlavaConfig, dtype: torch.dtype, lean: bool = True) -> Llava:
+    """Random weights, drawn on the device itself; LoRA that has learned something, soft prompts."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(DEVICE):
@@ -148,7 +181,8 @@ def build_ours(config: LlavaConfig, dtype: torch.dtype) -> Llava:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     add_temperature(model, 0.07)
-    fast.install(model)
+    if lean:
+        fast.install(model)
     return model.train()
 
 
@@ -362,113 +396,218 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
 
 
 def figures(contender: Contender, weights: list[torch.Tensor]) -> dict:
-    row = {
-        "flops": count_flops(contender.gradients),
-        "saved_bytes": saved_bytes(contender.gradients, weights),
-    }
+    """FLOPs and memory of a step: on CUDA what the allocator held at most beyond what was there
+    before, on the CPU what autograd keeps."""
     if DEVICE.type == "cuda":
-        row["peak_gb"] = peak_memory(contender.full_step) / 1e9
+        contender.optimizer.zero_grad()
+        row = {"peak_gb": peak_memory(contender.full_step) / 1e9}
+    else:
+        row = {"saved_bytes": saved_bytes(contender.gradients, weights)}
+    row["flops"] = count_flops(contender.gradients)
     return row
 
 
-def compare(size: str, dtype: torch.dtype, pairs: int, rungs: list[str], rounds: int) -> dict:
-    config, _, micro_batch = SIZES[size]
-    samples = make_samples(config, pairs)
-    batch = collate(
-        samples, Layout(config), micro_batch, multiple=32 if DEVICE.type == "cuda" else 1
-    )
-    tight = collate(samples, Layout(config), 1)  # nothing is padded: the work that has to be done
-    ours = build_ours(config, dtype)
-    theirs = build_theirs(ours)
-    start = {name: p.detach().clone() for name, p in adapter_parameters(ours).items()}
-    mine = contender("ours", ours, theirs, samples, batch, micro_batch)
-    losses, gradients = mine.gradients()
-    own = figures(mine, [*ours.parameters(), *theirs.parameters()])
-    own["floor_flops"] = count_flops(contender("ours", ours, theirs, samples, tight, 1).gradients)
+def no_report(result) -> None:
+    """For callers who wait for the whole result."""
+
+
+class Comparison:
+    """Ours and the rungs on the same weights; batches of as many pairs as a rung can hold."""
+
+    def __init__(self, size: str, dtype: torch.dtype, pairs: int):
+        self.config, _, self.micro_batch = SIZES[size]
+        self.samples = make_samples(self.config, pairs)
+        self.ours = build_ours(self.config, dtype)
+        self.theirs = build_theirs(self.ours)
+        free_memory()  # the weights that transformers drew, before it got ours
+        named = adapter_parameters(self.ours)
+        self.start = {name: parameter.detach().clone() for name, parameter in named.items()}
+        self.weights = [*self.ours.parameters(), *self.theirs.parameters()]
+        self.our_sides: dict[int, tuple] = {}  # by the number of pairs
+
+    def contender(self, name: str, pairs: int, micro_batch: int, multiple: int) -> Contender:
+        """A contender on the first `pairs` samples, its parameters at their start."""
+        samples = self.samples[:pairs]
+        batch = collate(samples, Layout(self.config), micro_batch, multiple=multiple)
+        made = contender(name, self.ours, self.theirs, samples, batch, micro_batch)
+        with torch.no_grad():
+            for key, parameter in made.parameters.items():
+                parameter.copy_(self.start[key])  # whatever the steps before have made of it
+            made.log_scale.fill_(math.log(1 / 0.07))
+        return made
+
+    def our_side(self, pairs: int) -> tuple:
+        """-> our contender, losses, gradients and figures with so many pairs."""
+        if pairs not in self.our_sides:
+            mine = self.contender("ours", pairs, self.micro_batch, MULTIPLE)
+            losses, gradients = mine.gradients()
+            own = figures(mine, self.weights)
+            # One sequence at a time, nothing is padded: the work that has to be done.
+            own["floor_flops"] = count_flops(self.contender("ours", pairs, 1, 1).gradients)
+            self.our_sides[pairs] = (mine, losses, gradients, own)
+        return self.our_sides[pairs]
+
+    def rung(self, name: str, pairs: int, rounds: int) -> dict:
+        """One row of the table."""
+        mine, losses, gradients, own = self.our_side(pairs)
+        other = self.contender(name, pairs, self.micro_batch, MULTIPLE)
+        their_losses, their_gradients = other.gradients()
+        row = {"pairs": pairs}
+        row["gradient_difference"] = largest_difference(gradients, their_gradients)
+        ratios = [
+            losses[key] / loss.item()
+            for key, loss in zip(("contrastive", "autoregressive"), their_losses)
+        ]
+        row["loss_difference"] = max(abs(ratio - 1) for ratio in ratios)
+        del their_gradients
+        mine.optimizer.zero_grad()
+        other.optimizer.zero_grad()
+        free_memory()
+        row |= paired_ratio(mine.full_step, other.full_step, rounds)
+        row |= figures(other, self.weights)
+        other.optimizer.zero_grad()
+        for key in ("flops", "saved_bytes", "peak_gb"):
+            if key in row:
+                row[f"{key} / ours"] = row[key] / own[key]
+        return row
+
+
+def largest_that_fits(comparison: Comparison, name: str, pairs: int, rounds: int) -> dict:
+    """The row of a rung with `pairs` pairs, or with a half, a quarter, ... of them where the GPU is
+    too small for it."""
+    while pairs >= 2:
+        row = None
+        try:
+            row = comparison.rung(name, pairs, rounds)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name} with {pairs} pairs: out of memory", flush=True)
+        free_memory()  # here, for inside of `except` the failed frames are still alive
+        if row is not None:
+            return row
+        pairs //= 2
+    return {"pairs": 0}
+
+
+def compare(
+    size: str,
+    dtype: torch.dtype,
+    pairs: int,
+    rungs: list[str],
+    rounds: int,
+    report: Callable = no_report,
+) -> dict:
+    """All rungs beside ours.
+
+    report: is given the result so far, whenever there is a new row."""
     result = {
         "size": size,
         "dtype": str(dtype),
         "device": device_name(),
-        "pairs": pairs,
         "torch": torch.__version__,
+        "roof_tflops": roof(dtype) / 1e12,
+        "ours": {},
+        "rows": {},
     }
-    result["rows"] = rows = {"ours": own}
+    comparison = Comparison(size, dtype, pairs)
     for name in rungs:
-        other = contender(name, ours, theirs, samples, batch, micro_batch)
-        with torch.no_grad():
-            for key, parameter in other.parameters.items():
-                parameter.copy_(start[key])  # whatever the steps of the rung before have made of it
-        their_losses, their_gradients = other.gradients()
-        rows[name] = figures(other, [*ours.parameters(), *theirs.parameters()]) | {
-            "gradient_difference": largest_difference(gradients, their_gradients),
-            "loss_difference": max(
-                abs(losses[key] / loss.item() - 1)
-                for key, loss in zip(("contrastive", "autoregressive"), their_losses)
-            ),
-        }
-        rows[name] |= paired_ratio(mine.full_step, other.full_step, rounds)
-    fastest = min(rows[name]["seconds_of_first"] for name in rungs)
-    own |= {
-        "pairs_per_second": pairs / fastest,
-        "useful_mfu": own["floor_flops"] / fastest / roof(dtype),
-    }
+        row = largest_that_fits(comparison, name, pairs, rounds)
+        result["rows"][name] = row
+        number = row["pairs"]
+        if number:
+            _, _, _, own = comparison.our_sides[number]
+            fastest = min(row["seconds_of_first"], own.get("seconds", math.inf))
+            own["seconds"] = fastest
+            own["pairs_per_second"] = number / fastest
+            needed = own["floor_flops"] / fastest
+            own["useful_mfu"] = needed / (1e12 * result["roof_tflops"])
+            result["ours"][str(number)] = own
+        report(result)
     return result
 
 
-def what_fits(size: str, dtype: torch.dtype, batches: list[int]) -> list[dict]:
+def what_fits(
+    size: str,
+    dtype: torch.dtype,
+    batches: list[int],
+    caches: tuple[bool, ...] = (False, True),
+    time_limit: float = math.inf,
+    report: Callable = no_report,
+) -> list[dict]:
     """Ours alone: pairs/s and peak memory of growing batches, with all activations held and with
     the gradient cache.
-    """
+
+    time_limit: seconds; a batch that would not end within them is left out.
+    report: is given the rows so far, whenever there is a new one."""
+    began = time.perf_counter()
     config, _, micro_batch = SIZES[size]
-    model, rows = build_ours(config, dtype), []
-    for cache in (False, True):
+    model = build_ours(config, dtype)
+    rows = []
+    for cache in caches:
+        pace = 0.0  # seconds a pair of the batch before, its making and both of its steps
         for pairs in batches:
-            samples = make_samples(config, pairs)
-            batch = collate(samples, Layout(config), micro_batch, multiple=32)
-            mine = contender("ours", model, None, samples, batch, micro_batch, gradient_cache=cache)
-            row = {"size": size, "pairs": pairs, "gradient_cache": cache}
-            try:
-                row["peak_gb"] = peak_memory(mine.full_step) / 1e9
-                row["pairs_per_second"] = pairs / min(seconds(mine.full_step) for _ in range(2))
-            except torch.cuda.OutOfMemoryError:
-                row["peak_gb"] = None  # out of memory
-                torch.cuda.empty_cache()
-            mine.optimizer.zero_grad()
+            if time.perf_counter() - began + pace * pairs > time_limit:
+                break
+            started = time.perf_counter()
+            row = one_batch(model, config, micro_batch, pairs, cache)
+            pace = (time.perf_counter() - started) / pairs
+            row = {"size": size} | row
             print(json.dumps(row), flush=True)
             rows.append(row)
+            report(rows)
             if row["peak_gb"] is None:
                 break
     return rows
 
 
+def one_batch(model: Llava, config: LlavaConfig, micro_batch: int, pairs: int, cache: bool) -> dict:
+    """A row of `what_fits`. Its peak is None where the memory is too small."""
+    row = {"pairs": pairs, "gradient_cache": cache, "peak_gb": None}
+    samples = make_samples(config, pairs)
+    batch = collate(samples, Layout(config), micro_batch, multiple=MULTIPLE)
+    mine = contender("ours", model, None, samples, batch, micro_batch, gradient_cache=cache)
+    try:
+        started = time.perf_counter()
+        peak = peak_memory(mine.full_step)
+        taken = time.perf_counter() - started
+        if taken < 10:  # then the first step was a warm-up; of longer ones, that is a small part
+            taken = seconds(mine.full_step)
+        row["peak_gb"] = peak / 1e9
+        row["seconds_a_pair"] = taken / pairs
+        row["pairs_per_second"] = pairs / taken
+    except torch.cuda.OutOfMemoryError:
+        pass
+    mine.optimizer.zero_grad()
+    free_memory()
+    return row
+
+
 def print_result(result: dict) -> None:
-    own = result["rows"]["ours"]
     print(
-        f"{result['size']}, {result['device']}, {result['dtype'][6:]}, "
-        f"torch {result['torch']}, {result['pairs']} pairs"
+        f"{result['size']}, {result['device']}, {result['dtype'][6:]}, torch {result['torch']}, "
+        f"a matrix product reaches {result['roof_tflops']:.1f} TFLOP/s"
     )
+    kept = "peak_gb" if DEVICE.type == "cuda" else "saved_bytes"
     print(
-        f"{'':6}{'time / ours':>24}{'saved / ours':>14}{'FLOPs / ours':>14}"
-        f"{'peak / ours':>13}{'gradients':>12}"
+        f"{'':6}{'pairs':>6}{'time / ours':>24}{kept + ' / ours':>20}{'FLOPs / ours':>14}"
+        f"{'gradients':>12}"
     )
     for name, row in result["rows"].items():
-        if name != "ours":
-            peak = f"{row['peak_gb'] / own['peak_gb']:.2f}" if "peak_gb" in row else "-"
-            print(
-                f"{name:6}{row['ratio']:>10.2f} ({row['low']:.2f} - {row['high']:.2f})"
-                f"{row['saved_bytes'] / own['saved_bytes']:>14.2f}"
-                f"{row['flops'] / own['flops']:>14.2f}{peak:>13}"
-                f"{row['gradient_difference']:>12.1e}"
-            )
-    print(
-        f"ours: {own['saved_bytes'] / result['pairs'] / 1e6:.1f} MB kept "
-        f"and {own['pairs_per_second']:.1f} pairs/s,",
-        end="",
-    )
-    print(
-        f" {own['flops'] / own['floor_flops']:.3f} of the needed FLOPs, "
-        f"{100 * own['useful_mfu']:.0f} % of a matmul"
-    )
+        if not row["pairs"]:
+            print(f"{name:6}{'out of memory':>16}")
+            continue
+        spread = f"{row['ratio']:.2f} ({row['low']:.2f} - {row['high']:.2f})"
+        print(
+            f"{name:6}{row['pairs']:>6}{spread:>24}{row[kept + ' / ours']:>20.2f}"
+            f"{row['flops / ours']:>14.2f}{row['gradient_difference']:>12.1e}"
+        )
+    for pairs, own in result["ours"].items():
+        size = 1e9 * own[kept] if kept == "peak_gb" else own[kept]
+        print(
+            f"ours, {pairs} pairs: {size / int(pairs) / 1e6:.1f} MB a pair, "
+            f"{own['pairs_per_second']:.1f} pairs/s, "
+            f"{own['flops'] / own['floor_flops']:.3f} of the needed FLOPs, "
+            f"{100 * own['useful_mfu']:.0f} % of a matrix product"
+        )
 
 
 def main() -> None:
@@ -487,15 +626,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    write = partial(write_json, args.json)
     if args.batches:
-        result = what_fits(args.size, dtype, args.batches)
-    else:
-        result = compare(
-            args.size, dtype, args.pairs or SIZES[args.size][1], args.rungs, args.rounds
-        )
-        print_result(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        what_fits(args.size, dtype, args.batches, report=write)
+        return
+    pairs = args.pairs or SIZES[args.size][1]
+    print_result(compare(args.size, dtype, pairs, args.rungs, args.rounds, report=write))
 
 
 if __name__ == "__main__":

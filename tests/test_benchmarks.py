@@ -1,9 +1,10 @@
 """The deterministic figures of benchmarks/step.py, as a gate: what our step computes and keeps,
-beside the peers'.
+beside the peers'. And benchmarks/gpu.py, which is to run where nobody can mend it.
 """
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.measure import count_flops, saved_bytes
 from benchmarks.step import (
     SIZES,
@@ -62,3 +63,41 @@ def test_bytes_kept_for_the_backward_pass(contenders, rung, most):
         saved_bytes(made["ours"].gradients, weights) / saved_bytes(made[rung].gradients, weights)
         < most
     )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_every_part_of_the_gpu_run_ends(place, name):
+    """As with --dry, but in this process: importing everything for each part takes a minute."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    report = gpu.Report(place / "part.json")
+    gpu.PARTS[name].function(report, gpu.Setting(dry=True, folder=place, limit=1000.0))
+    lines = report.content["lines"]
+    assert lines and report.content["figures"]
+    # The checks of the first part report their failures, and go on.
+    assert not [line for line in lines if "FAILED" in line[1] or "TOO MUCH" in line[1]]
+
+
+def test_a_part_that_hangs_costs_only_itself(place):
+    """It is ended at its limit, and said to be."""
+    found = gpu.run_part("int8, 7B", limit=0.2, dry=True, folder=place)
+    assert found["status"] == "stopped after 0 s" and found["lines"] == []
+
+
+def test_a_part_that_fails_says_why(place, monkeypatch, capsys):
+    def fail(report, setting):
+        report.line("one finding", "before it fails")
+        raise RuntimeError("out of something")
+
+    monkeypatch.setitem(gpu.PARTS, "int8, 7B", gpu.Part(fail, 1, 1))
+    path = place / "failed.json"
+    with pytest.raises(SystemExit):
+        gpu.child("int8, 7B", path, gpu.Setting(dry=True, folder=place, limit=1.0))
+    found = gpu.json.loads(path.read_text())
+    assert found["lines"] == [["one finding", "before it fails"]]
+    assert found["error"] == "RuntimeError: out of something"
