@@ -75,9 +75,9 @@ class TrainConfig:
     steps: int = setting(150, "optimiser steps")
     batch_size: int = setting(128, "images in a batch, the negatives of one another")
     micro_batch: int = setting(32, "sequences of like length that go through the model together")
-    caption_share: float = setting(0.25, "share of a batch whose long captions are used (paper: 1)")
+    caption_share: float = setting(0.5, "share of a batch whose long captions are used (paper: 1)")
     contrast: str = setting("short", "captions that are contrasted: short, or long (collapses)")
-    groups: bool = setting(True, "keep records of one group, such as twins, neighbours")
+    groups: bool = setting(False, "keep records of one group, such as twins, in one batch")
 
     # The losses.
     contrastive_weight: float = setting(1.0, "weight of the contrastive loss (0: off)")
@@ -93,13 +93,13 @@ class TrainConfig:
     lora_dropout: float = setting(0.0, "dropout in front of LoRA")
 
     # The optimiser.
-    lr: float = setting(4e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
-    soft_lr: float = setting(4e-2, "peak learning rate of the soft prompts")
+    lr: float = setting(1.5e-3, "peak learning rate of LoRA (paper, 7B: 1e-4)")
+    soft_lr: float = setting(1e-2, "peak learning rate of the soft prompts")
     temperature_lr: float = setting(
         1e-2, "peak learning rate of the temperature (of all that losses learn)"
     )
     weight_decay: float = setting(0.0, "of LoRA")
-    warmup: int = setting(20, "steps up to the peak; a cosine down to 5 % of it follows")
+    warmup: int = setting(15, "steps up to the peak; a cosine down to 5 % of it follows")
     clip: float = setting(1.0, "largest norm of the gradient")
     seed: int = setting(0, "of LoRA's start and dropout, the order of data, the captions chosen")
 

@@ -244,11 +244,11 @@ def test_evaluation_files(folder, split):
         for item in items:
             assert len({item["caption"], item["caption2"], item["negative_caption"]}) == 3
     examples = read_lines(folder / split / "winoground" / "examples.jsonl")
-    assert len(examples) == 12 and {example["tag"] for example in examples} == {
-        "color",
-        "size",
-        "place",
-    }
+    assert {example["tag"] for example in examples} == {"color", "size", "place"}
+    assert [example["id"] for example in examples] == list(range(len(examples)))
+    pairs = {(example["image_0"], example["image_1"]) for example in examples}
+    assert len(pairs) == 12 and 12 < len(examples) <= 4 * 12
+    assert len({(e["image_0"], e["caption_0"]) for e in examples}) == len(examples)
     for example in examples:
         words = [sorted(example[f"caption_{i}"].lower().split()) for i in range(2)]
         assert words[0] == words[1] and example["caption_0"] != example["caption_1"]

@@ -39,12 +39,13 @@ ROWS = {  # what differs from the default settings
     "LoRA (VLM2Vec's recipe)": NO_AR | {"soft_prompts": False},
     "both": NO_AR,
     "both + AR": {},
-    "both + AR, random batches": {"groups": False},
     "AR only": {"contrastive_weight": 0.0},
     "long captions contrasted": NO_AR | {"contrast": "long"},
     "text only (E5-V's recipe)": {"soft_prompts": False},
     "CLIP from scratch": {},
-    "CLIP from scratch, random batches": {"groups": False},
+    # Hard negatives, beyond the paper: a scene and its twin, of the same words, in one batch.
+    "both, twins": NO_AR | {"groups": True},
+    "both + AR, twins": {"groups": True},
 }
 # What the paper says goes up: (from, to, columns).
 ORDERINGS = [
@@ -54,7 +55,7 @@ ORDERINGS = [
     (
         "both",
         "both + AR",
-        ("T2I@1", "replace", "swap", "add", "wino group", "attributes", "described"),
+        ("T2I@1", "replace", "swap", "add", "wino text", "wino group", "attributes", "described"),
     ),
     ("AR only", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "add")),
     ("long captions contrasted", "both", ("T2I@1", "I2T@1")),
@@ -73,7 +74,7 @@ ORDERINGS = [
         "both + AR",
         ("T2I@1", "I2T@1", "replace", "swap", "add", "wino text", "wino group"),
     ),
-    ("both + AR, random batches", "both + AR", ("T2I@1", "I2T@1", "replace", "swap", "wino group")),
+    ("both + AR", "both + AR, twins", ("T2I@1", "I2T@1", "replace", "swap", "wino group")),
 ]
 
 

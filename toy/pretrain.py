@@ -45,6 +45,13 @@ IGNORE = -100  # no prediction is asked for at this position
 SUMMARIZE_IMAGE = "\nSummarize the provided image in one word: ASSISTANT:"
 SUMMARIZE_TEXT = "\nSummarize the provided text in one word: ASSISTANT:"
 DESCRIBE = "\nDescribe the image in detail. ASSISTANT:"
+# Real data ask for captions in many ways. A model that knows one of them only has to learn to
+# caption behind the summary prompt, and pays with what it says behind the one that it knew.
+DESCRIBE_WORDINGS = [
+    DESCRIBE,
+    "\nSummarize the provided image in detail: ASSISTANT:",
+    "\nDescribe the provided image: ASSISTANT:",
+]
 SIDES = dict(
     zip(RELATIONS, [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")])
 )  # of both things
@@ -53,12 +60,16 @@ OTHER_WORDS = """user: assistant: summarize the provided image text in one word 
 briefly ? , an a is are there of picture shows with and on background objects object what color
 size shape where how many nothing unknown yes no left right top bottom above below"""
 
-STEPS = 1600
+# The paper's base is no finished one. Here the rate falls as if 1,600 steps were to come; at 1,600
+# nothing is left to learn.
+STEPS = 1000
+SCHEDULE = 1600
 SCENES_A_STEP = 16
 MUON_RATE = 4e-3
 ADAMW_RATE = 1.8e-3
-# Of the summaries' loss against the answers'; at 0.2 summaries of texts stay bags of words.
-SUMMARY_WEIGHT = 1.0
+# Of the summaries' loss against the answers'; at 0.2 summaries of texts stay bags of words, and the
+# more it is, the earlier they learn who owns what.
+SUMMARY_WEIGHT = 2.0
 LOG_EVERY = 50  # steps
 
 VISION = VisionConfig(
@@ -258,7 +269,7 @@ def make_dialogues(
     same on a text.
     """
     describe = Dialogue(tokenizer, index)
-    describe.user(DESCRIBE)
+    describe.user(rng.choice(DESCRIBE_WORDINGS))
     describe.assistant(world.long_caption(scene, rng))
     look = Dialogue(tokenizer, index)
     look.user(SUMMARIZE_IMAGE)
@@ -350,7 +361,7 @@ def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool
     rng = random.Random(f"pretrain {seed}")
 
     def decay(step: int) -> float:
-        return min(1, (step + 1) / 100) * (0.515 + 0.485 * math.cos(math.pi * step / steps))
+        return min(1, (step + 1) / 100) * (0.515 + 0.485 * math.cos(math.pi * step / SCHEDULE))
 
     names = {
         name

@@ -22,9 +22,10 @@ with a size, a color and a shape. One example, worked by hand:
     the twin          the scene with the two colors exchanged, of which that negative is true and
                       the caption false
 
-With 12 colors and 16 shapes two scenes rarely share their words, so a model can tell the pictures
-of a batch apart by their words alone: the short-cut that makes a contrastive model read captions
-like bags of words.
+The pictures of a data set are alike in groups: photographs of kitchens show the same few things. So
+the scenes of the files have one of 16 themes, each of four of the 12 colors and four of the 16
+shapes. Most pictures of a batch can be told apart by their words alone, the short-cut that makes a
+contrastive model read captions like bags of words; some only by who owns which.
 
 Every caption is written from the scene, then read back by `truth`, which knows only the grammar of
 the sentences and the scene. Captions have to pass it, negatives have to fail it. A scene belongs to
@@ -48,7 +49,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-VERSION = 2  # raise it whenever the files would change: an older folder is then built anew
+VERSION = 3  # raise it whenever the files would change: an older folder is then built anew
 TRAINING_PICTURES = "images/train.bin"  # all of them, as PNGs one behind the other
 IMAGE_SIZE = 48  # pixels; a place is a quarter of the picture
 PLACE_SIZE = IMAGE_SIZE // 2
@@ -117,6 +118,7 @@ ATTRIBUTES = {
     "shape": list(SHAPES),
 }  # the fields of a Thing
 OPENINGS = ["", "there is ", "a picture of ", "the picture shows "]
+THEMES = 16
 
 
 class Thing(NamedTuple):
@@ -200,14 +202,32 @@ def is_valid(objects: tuple[Thing | None, ...], split: str) -> bool:
     return len(set(pairs)) == len(pairs) and split_of(objects) == split
 
 
-def sample_scene(rng: random.Random, split: str, number: int | None = None) -> Scene:
-    """A scene of `split` with `number` objects (by default two to four, rarely four)."""
+class Theme(NamedTuple):
+    """What is found together. Photographs of kitchens, or of beaches, show the same few things."""
+
+    colors: list[str]
+    shapes: list[str]
+
+
+def sample_theme(rng: random.Random) -> Theme:
+    """One of THEMES, each of four colors and four shapes."""
+    theme = random.Random(f"theme {rng.randrange(THEMES)}")
+    return Theme(theme.sample(list(COLORS), 4), theme.sample(list(SHAPES), 4))
+
+
+def sample_scene(
+    rng: random.Random, split: str, number: int | None = None, theme: Theme | None = None
+) -> Scene:
+    """A scene of `split` with `number` objects (by default two to four, rarely four), of a theme,
+    or of anything there is.
+    """
     number = number or rng.choices([2, 3, 4], [0.5, 0.35, 0.15])[0]
+    theme = theme or Theme(list(COLORS), list(SHAPES))
     while True:
         objects: list[Thing | None] = [None] * 4
         for place in rng.sample(range(4), number):
             objects[place] = Thing(
-                rng.choice(list(SIZES)), rng.choice(list(COLORS)), rng.choice(list(SHAPES))
+                rng.choice(list(SIZES)), rng.choice(theme.colors), rng.choice(theme.shapes)
             )
         if is_valid(tuple(objects), split):
             return Scene(rng.choice(list(BACKGROUNDS)), tuple(objects))
@@ -533,7 +553,7 @@ def build_training(folder: Path, rng: random.Random, number: int, progress: tqdm
     path.parent.mkdir(parents=True)
     with open(path, "wb") as pictures:
         while len(records) < number:
-            scene = sample_scene(rng, "train")
+            scene = sample_scene(rng, "train", theme=sample_theme(rng))
             pair = [scene, sample_twin(scene, rng, "train")] if len(records) % 4 == 2 else [scene]
             for one, other in zip(pair, pair[::-1]):
                 twin = other if len(pair) == 2 else None
@@ -553,7 +573,7 @@ def build_evaluation(
     """
     scenes: list[Scene] = []
     while len(scenes) < number:
-        scene = sample_scene(rng, split)
+        scene = sample_scene(rng, split, theme=sample_theme(rng))
         if scene not in scenes:
             scenes.append(scene)
     table = SceneTable(scenes)
@@ -576,18 +596,23 @@ def build_evaluation(
             captions.append(caption)
         same = paraphrase(captions[0], rng)
         assert truth(str(same), table)[index], (scene, same)
-        for kind, negative in sample_negatives(captions[0], scene, rng).items():
-            file_items = sugarcrepe.setdefault(kind, {})
-            item = {
-                "filename": file,
-                "caption": str(captions[0]),
-                "negative_caption": str(negative),
-            }
-            file_items[str(len(file_items))] = item
-            counts["SugarCrepe items"] += 1
-            if not kind.startswith("add"):
-                items = sugarcrepe_pp.setdefault(kind, [])
-                items.append({"id": len(items), **item, "caption2": str(same)})
+        found = set()
+        for caption in captions:  # where the first allows no negative of a kind, a later one may
+            for kind, negative in sample_negatives(caption, scene, rng).items():
+                if kind in found:
+                    continue
+                found.add(kind)
+                file_items = sugarcrepe.setdefault(kind, {})
+                item = {
+                    "filename": file,
+                    "caption": str(caption),
+                    "negative_caption": str(negative),
+                }
+                file_items[str(len(file_items))] = item
+                counts["SugarCrepe items"] += 1
+                if caption is captions[0] and not kind.startswith("add"):
+                    items = sugarcrepe_pp.setdefault(kind, [])
+                    items.append({"id": len(items), **item, "caption2": str(same)})
         short, long = [str(caption) for caption in captions], long_caption(scene, rng)
         assert truth(long, table)[index], (scene, long)
         records.append({"image": f"images/{split}/{file}", "short": short, "long": [long]})
@@ -622,28 +647,44 @@ def build_evaluation(
     return dict(counts)
 
 
-def build_winoground(folder: Path, split: str, rng: random.Random, number: int) -> None:
-    """Quadruples as in Winoground: two pictures, two captions of the same words, each true of its
-    own picture only.
+def winoground_captions(
+    scene: Scene, twin: Scene, what: str, rng: random.Random
+) -> list[tuple[Caption, Caption]]:
+    """Up to four pairs of captions of the same words, the first true of `scene` only, the second of
+    its twin only.
     """
-    examples = []
-    while len(examples) < number:
-        what = ["color", "size", "place"][len(examples) % 3]
-        scene = sample_scene(rng, split, number=2)
-        twin = Scene(scene.background, exchange(scene.objects, *scene.occupied(), what))
+    found = {}
+    table = SceneTable([scene, twin])
+    for _ in range(20):
         caption = sample_caption(scene, rng, number=2, related=True)
         other = caption._replace(things=exchange(caption.things, 0, 1, what))
         same_words = sorted(str(caption).lower().split()) == sorted(str(other).lower().split())
-        table = SceneTable([scene, twin])
-        own, swapped = truth(str(caption), table), truth(str(other), table)
-        if (
-            is_valid(twin.objects, split)
-            and same_words
-            and [*own, *swapped] == [True, False, False, True]
-        ):
-            stems = [f"ex_{len(examples)}_img_{i}" for i in range(2)]
-            for stem, picture in zip(stems, (scene, twin)):
-                save_picture(folder / "images" / f"{stem}.png", picture, rng)
+        own = truth(str(caption), table)
+        swapped = truth(str(other), table)
+        if same_words and [*own, *swapped] == [True, False, False, True]:
+            found[str(caption)] = (caption, other)
+        if len(found) == 4:
+            break
+    return list(found.values())
+
+
+def build_winoground(folder: Path, split: str, rng: random.Random, number: int) -> None:
+    """Quadruples as in Winoground: two pictures, two captions of the same words, each true of its
+    own picture only. `number` pairs of pictures, each with up to four pairs of captions.
+    """
+    examples = []
+    for pair in range(number):
+        what = ["color", "size", "place"][pair % 3]
+        found = []
+        while not found:
+            scene = sample_scene(rng, split, number=2, theme=sample_theme(rng))
+            twin = Scene(scene.background, exchange(scene.objects, *scene.occupied(), what))
+            if is_valid(twin.objects, split):
+                found = winoground_captions(scene, twin, what, rng)
+        stems = [f"ex_{pair}_img_{i}" for i in range(2)]
+        for stem, picture in zip(stems, (scene, twin)):
+            save_picture(folder / "images" / f"{stem}.png", picture, rng)
+        for caption, other in found:
             example = {"id": len(examples), "image_0": stems[0], "image_1": stems[1]}
             examples.append(
                 example | {"caption_0": str(caption), "caption_1": str(other), "tag": what}
@@ -712,15 +753,16 @@ def build(
 def contact_sheet(
     path: str | Path, seed: int = 0, columns: int = 4, rows: int = 3, scale: int = 4
 ) -> None:
-    """Saves a PNG of enlarged scenes, each with one short caption below."""
+    """Saves a PNG of enlarged scenes, a theme in each row, each with one short caption below."""
     rng, font = random.Random(seed), ImageFont.load_default(13)
     side, gap, text_height = IMAGE_SIZE * scale, 12, 54
     sheet = Image.new(
         "RGB", (columns * (side + gap) + gap, rows * (side + text_height) + gap), "white"
     )
     draw = ImageDraw.Draw(sheet)
+    themes = [sample_theme(rng) for _ in range(rows)]
     for row, column in itertools.product(range(rows), range(columns)):
-        scene = sample_scene(rng, "train")
+        scene = sample_scene(rng, "train", theme=themes[row])
         x, y = gap + column * (side + gap), gap + row * (side + text_height)
         picture = Image.fromarray(render(scene, rng)).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(picture, (x, y))
