@@ -79,6 +79,111 @@ MISTAKES = [
     ("5.3", "d.std()", "d.std(correction=0)", "n - 1"),
     ("5.4", "ids[places + 1]", "ids[places]", "real collate"),
     ("5.4", "labels[places[-1]] != layout.stop_id", "False", "stop"),
+    ("6.1", "2 * torch.eye(len(images)) - 1", "torch.eye(len(images))", "sign 0"),
+    ("6.1", "2 * torch.eye(len(images)) - 1", "torch.ones(len(images), len(images))", "count as"),
+    ("6.1", "2 * torch.eye(len(images)) - 1", "1 - 2 * torch.eye(len(images))", "turned round"),
+    ("6.1", ".sum() / len(images)", ".mean()", "mean over all pairs"),
+    ("6.1", ".sum() / len(images)", ".sum()", "divide it by B"),
+    ("6.1", "-F.logsigmoid", "F.logsigmoid", "the sign: minus"),
+    ("6.1", "-F.logsigmoid(sign * logits)", "-torch.sigmoid(sign * logits).log()", "infinity"),
+    ("6.1", " + bias", "", "bias is missing"),
+    ("6.1", " + bias", " - bias", "plus the bias"),
+    ("6.1", "scale * images @ texts.T + bias", "images @ texts.T / scale + bias", "multiply"),
+    (
+        "6.1",
+        "-F.logsigmoid(sign * logits).sum() / len(images)",
+        "F.cross_entropy(logits, torch.arange(len(images)))",
+        "softmax",
+    ),
+    ("6.2", "torch.nn.Parameter(torch.tensor(-10.0))", "torch.tensor(-10.0)", "nn.Parameter"),
+    ("6.2", "torch.tensor(-10.0)", "torch.zeros(1)", "one number"),
+    ("6.2", "torch.tensor(-10.0)", "torch.tensor(0.0)", "start the bias low"),
+    ("6.2", "model.log_scale.exp()", "model.log_scale", "logarithm"),
+    ("6.2", "model.log_scale.exp()", "1 / model.log_scale.exp()", "already"),
+    ("6.2", "model.log_scale.exp()", "model.log_scale.exp().item()", "model.log_scale"),
+    ("6.2", "model.logit_bias)", "-10.0)", "model.logit_bias"),
+    ("6.2", "siglip_weight: float = 1.0", "siglip_weight: float = 0.0", "and _weight"),
+    ("6.3", ".square().sum()", ".square()", ".mean()?"),
+    ("6.3", ".square().sum()", ".square().sum().item()", "not a tensor"),
+    ("6.3", ".square().sum()", ".square().sum().detach()", "no gradient"),
+    ("6.3", ".square().sum()", ".square().sum().sqrt()", "NaN"),
+    (
+        "6.3",
+        "(images.mean(0) - texts.mean(0)).square().sum()",
+        "(images - texts).square().sum()",
+        "mean, not a sum",
+    ),
+    (
+        "6.3",
+        "(images.mean(0) - texts.mean(0)).square().sum()",
+        "(images[0] - texts[0]).square().sum()",
+        "another order",
+    ),
+    (
+        "6.3",
+        "(images.mean(0) - texts.mean(0)).square().sum()",
+        "changes.siglip_loss(images, texts, model.log_scale.exp(), model.logit_bias)",
+        "SigLIP loss again",
+    ),
+    ("6.4", "v.cumsum(dim=1) / seen[:, None]", "v.mean(1, keepdim=True).expand_as(v)", "BEHIND"),
+    ("6.4", " / seen[:, None]", "", "divide by how many"),
+    ("6.4", "patches.flatten(2).transpose(1, 2)", "patches.flatten(2)", "shape"),
+    (
+        "6.4",
+        "patches.flatten(2).transpose(1, 2)",
+        "patches.flatten(2).reshape(len(patches), -1, patches.shape[1])",
+        "wrong places",
+    ),
+    (
+        "6.4",
+        "patches.flatten(2).transpose(1, 2)",
+        "patches.transpose(2, 3).flatten(2).transpose(1, 2)",
+        "by columns",
+    ),
+    ("6.4", "return self.language_model.norm(x)", "return x", "final norm"),
+    (
+        "6.4",
+        "return self.language_model.norm(x)",
+        "return self.lm_head(self.language_model.norm(x))",
+        "never logits",
+    ),
+    (
+        "6.4",
+        "self.language_model.embed_tokens(input_ids)",
+        "self.language_model.embed_tokens.weight[input_ids]",
+        "by the MODULE",
+    ),
+    ("6.4", "raise ValueError", "raise RuntimeError", "ValueError"),
+    ("6.4", "is_image.sum() != ", "is_image.sum() > ", "more features"),
+    ("6.5", "Summarize the image in one word:", "Describe the image in detail.", "about to say"),
+    ("6.5", "Summarize the text in one word:", "Summarize the zebra:", "'zebra"),
+    (
+        "6.5",
+        'MY_TEXT_PROMPT = "Summarize the text in one word:"',
+        "MY_IMAGE_PROMPT = IMAGE_PROMPT; MY_TEXT_PROMPT = TEXT_PROMPT",
+        "the paper's prompts",
+    ),
+    ("6.6", "[short, longer]", "[short, short]", "lets it through"),
+    ("6.6", "[short, longer]", "[longer, short]", "healthy system ill"),
+    ("6.6", "ids.roll(-1)[places]", "ids[places]", "healthy system ill"),
+    ("6.6", "gradient is not None and bool(gradient != 0)", "True", "lets it through"),
+    ("6.6", "captions[1:] + captions[:1]", "captions", "lets it through"),
+    (
+        "6.6",
+        "return bool((own - others).abs().max() < 1e-3)",
+        "return predicts_the_next(system, samples)",
+        "healthy system ill|lets it through|also fails",
+    ),
+    ("6.7", '"A": broken.LABELS', '"A": broken.LEAK', "passes caption_stays_out"),
+    ("6.7", '"A": broken.LABELS', '"A": "labels"', "is none of"),
+    ("6.8", "lengths - 1]", "lengths - 2]", "last real token"),
+    ("6.8", "lengths - 1]", "-1]", "padding"),
+    ("6.8", "ids[places + 1]", "ids[places]", "itself"),
+    ("6.8", "wanted[places] = ids[places + 1]", "wanted[places + 1] = ids[places + 1]", "too late"),
+    ("6.8", "model.log_scale.exp()", "model.log_scale.exp().item()", "no gradient"),
+    ("6.8", "model.log_scale.exp()", "model.log_scale", "logarithm"),
+    ("6.8", "layout.image_side(caption)", "layout.image_side() + caption", "stop_id"),
+    ("6.8", "layout.image_side(caption)", "layout.prefix() + caption", "BEHIND"),
 ]
 
 
@@ -134,18 +239,19 @@ def test_common_mistakes_get_a_hint(name, right, wrong, hint, after_setup):
     assert right in solution
     with pytest.raises(checks.NotYet) as found:
         check(after_setup(stem), stem, name, solution.replace(right, wrong))
-    assert hint in str(found.value) or hint == "hint", found.value
+    assert any(word in str(found.value) for word in hint.split("|")), found.value
 
 
 def test_every_exercise_has_its_cells_and_the_share_that_is_typed_in_advance():
-    assert len(CELLS) == 5
+    assert len(CELLS) == 6
     for stem, cells in CELLS.items():
         by_kind = {
             kind: [c.name for c in cells if c.kind == kind]
             for kind in ("exercise", "solution", "check")
         }
         assert by_kind["exercise"] == by_kind["solution"] == by_kind["check"]
-        assert 3 <= len(by_kind["exercise"]) <= 5
+        most = 8 if stem.startswith("6") else 5  # the last one is an afternoon of its own
+        assert 3 <= len(by_kind["exercise"]) <= most
         blank = {line for c in cells if c.kind != "solution" for line in c.text.splitlines()}
         solved = [
             line
