@@ -145,7 +145,7 @@ def is_within(version: str, bounds: str) -> bool:
 
 
 def disk() -> Iterator[str]:
-    """Room, and leave to write, where the run and temporary files go."""
+    """Room, leave to write, and speed, where the run and temporary files go."""
     for folder in (ROOT, Path(tempfile.gettempdir())):
         free = shutil.disk_usage(folder).free / 1e9
         if free < DISK:
@@ -160,6 +160,7 @@ def disk() -> Iterator[str]:
                 f"disk: {folder} cannot be written ({error.strerror}): {advice}"
             ) from None
         yield f"disk {free:.1f} GB free at {folder}"
+    yield from disk_speed()
 
 
 def disk_speed() -> Iterator[str]:
@@ -410,7 +411,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.parse_args(arguments)  # there are none but --help
     sys.path.insert(0, str(ROOT))
     problems: list[str] = []
-    for check in (python, packages, notebooks, disk, disk_speed, cores, checkpoint):
+    for check in (python, packages, notebooks, disk, cores, checkpoint):
         run(check, problems)
     for check in (device, step_and_caption):
         if problems:  # what is missing would only be reported twice

@@ -17,6 +17,7 @@ import torch
 from conftest import PROJECT
 
 from workshop import build, checks
+from workshop.pace import fewer
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")  # the notebooks' figures are shown nowhere
@@ -288,6 +289,29 @@ def test_the_build_command_finds_a_changed_notebook(tmp_path):
     (folder / "1.ipynb").write_text("{}")
     assert "1.ipynb is not what its source gives" in build_there("--check").stderr
 
+    (folder / "source" / "1.py").write_text("# %% setup\nSHARE = 1.0\n")
+    assert not build_there("--share", "0.2").returncode
+    book = json.loads((folder / "1.ipynb").read_text())
+    assert [cell["source"] for cell in book["cells"]] == [["SHARE = 0.2"]]
+
+
+def test_one_setting_at_the_top():
+    """It is the first code cell of each, alone, and it reaches every number of steps."""
+    for stem, cells in CELLS.items():
+        code = [cell.text for cell in cells if cell.kind != "[markdown]"]
+        assert code[0] == "SHARE = 1.0", stem
+        for text in code:
+            for steps in re.findall(r"[^_]steps=([^,)]+)", text):
+                assert "fewer(" in steps or steps in ("10", "30", "12"), f"{stem}: steps={steps}"
+
+
+def test_a_share_of_a_core_gives_fewer_steps_and_never_none():
+    assert fewer(40, 1.0) == fewer(40, 20) == 40
+    assert fewer(40, 0.2) == 18
+    assert fewer(40, 0.25) == 20
+    assert fewer(40, 0) == fewer(40, -1) == 8
+    assert fewer(1, 0.04) == 1
+
 
 def test_a_hint_is_shown_without_a_traceback():
     with pytest.raises(checks.NotYet) as found:
@@ -306,15 +330,6 @@ def test_replaced_puts_everything_back():
     assert thing.x == 1 and "x" not in vars(thing)
 
 
-SHORTER = """
-import dataclasses, functools, train
-@functools.wraps(train.train)
-def shorter(embedder, config, *rest, train=train.train):
-    train(embedder, dataclasses.replace(config, steps=6), *rest)
-train.train = shorter
-"""
-
-
 @pytest.mark.skipif(
     not os.environ.get("NANOVLADVA_WORKSHOP"), reason="minutes: set NANOVLADVA_WORKSHOP=1"
 )
@@ -322,8 +337,8 @@ train.train = shorter
 @pytest.mark.parametrize("stem", list(CELLS))
 def test_notebooks_run_from_top_to_bottom(stem, solved, monkeypatch):
     """With solutions: without an error, in the project's folder. With blanks: from workshop/, with
-    nothing but the checkers' hints, as nothing depends on an answer (and with fewer steps of
-    training)."""
+    nothing but the checkers' hints, as nothing depends on an answer (and with the smallest
+    SHARE)."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -332,10 +347,11 @@ def test_notebooks_run_from_top_to_bottom(stem, solved, monkeypatch):
     path = PROJECT / "workshop" / ("solutions" if solved else ".") / f"{stem}.ipynb"
     book = nbformat.read(path, as_version=4)
     if not solved:
-        book.cells.insert(0, nbformat.v4.new_code_cell(SHORTER))
+        for cell in book.cells:
+            cell.source = cell.source.replace("SHARE = 1.0", "SHARE = 0.04")
     client = nbclient.NotebookClient(
         book,
-        timeout=300,
+        timeout=900,
         kernel_name="python3",
         allow_errors=not solved,
         resources={"metadata": {"path": str(folder)}},

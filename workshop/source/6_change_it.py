@@ -76,8 +76,8 @@ def search(embedder, pictures, captions):
 
 
 # %% [markdown]
-# Here is where the changes go: six lines of `train.py`. A loss is a function in a table. Its name
-# plus `_weight` is a setting.
+# Here is where two of the changes go: a few lines of `train.py`. A loss is a function in a table.
+# Its name plus `_weight` is a setting.
 
 # %%
 print(inspect.getsource(training.embedding_losses))
