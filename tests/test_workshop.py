@@ -17,6 +17,7 @@ import torch
 from conftest import PROJECT
 
 from workshop import build, checks
+from workshop.pace import fewer
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")  # the notebooks' figures are shown nowhere
@@ -79,6 +80,111 @@ MISTAKES = [
     ("5.3", "d.std()", "d.std(correction=0)", "n - 1"),
     ("5.4", "ids[places + 1]", "ids[places]", "real collate"),
     ("5.4", "labels[places[-1]] != layout.stop_id", "False", "stop"),
+    ("6.1", "2 * torch.eye(len(images)) - 1", "torch.eye(len(images))", "sign 0"),
+    ("6.1", "2 * torch.eye(len(images)) - 1", "torch.ones(len(images), len(images))", "count as"),
+    ("6.1", "2 * torch.eye(len(images)) - 1", "1 - 2 * torch.eye(len(images))", "turned round"),
+    ("6.1", ".sum() / len(images)", ".mean()", "mean over all pairs"),
+    ("6.1", ".sum() / len(images)", ".sum()", "divide it by B"),
+    ("6.1", "-F.logsigmoid", "F.logsigmoid", "the sign: minus"),
+    ("6.1", "-F.logsigmoid(sign * logits)", "-torch.sigmoid(sign * logits).log()", "infinity"),
+    ("6.1", " + bias", "", "bias is missing"),
+    ("6.1", " + bias", " - bias", "plus the bias"),
+    ("6.1", "scale * images @ texts.T + bias", "images @ texts.T / scale + bias", "multiply"),
+    (
+        "6.1",
+        "-F.logsigmoid(sign * logits).sum() / len(images)",
+        "F.cross_entropy(logits, torch.arange(len(images)))",
+        "softmax",
+    ),
+    ("6.2", "torch.nn.Parameter(torch.tensor(-10.0))", "torch.tensor(-10.0)", "nn.Parameter"),
+    ("6.2", "torch.tensor(-10.0)", "torch.zeros(1)", "one number"),
+    ("6.2", "torch.tensor(-10.0)", "torch.tensor(0.0)", "start the bias low"),
+    ("6.2", "model.log_scale.exp()", "model.log_scale", "logarithm"),
+    ("6.2", "model.log_scale.exp()", "1 / model.log_scale.exp()", "already"),
+    ("6.2", "model.log_scale.exp()", "model.log_scale.exp().item()", "model.log_scale"),
+    ("6.2", "model.logit_bias)", "-10.0)", "model.logit_bias"),
+    ("6.2", "siglip_weight: float = 1.0", "siglip_weight: float = 0.0", "and _weight"),
+    ("6.3", ".square().sum()", ".square()", ".mean()?"),
+    ("6.3", ".square().sum()", ".square().sum().item()", "not a tensor"),
+    ("6.3", ".square().sum()", ".square().sum().detach()", "no gradient"),
+    ("6.3", ".square().sum()", ".square().sum().sqrt()", "NaN"),
+    (
+        "6.3",
+        "(images.mean(0) - texts.mean(0)).square().sum()",
+        "(images - texts).square().sum()",
+        "mean, not a sum",
+    ),
+    (
+        "6.3",
+        "(images.mean(0) - texts.mean(0)).square().sum()",
+        "(images[0] - texts[0]).square().sum()",
+        "another order",
+    ),
+    (
+        "6.3",
+        "(images.mean(0) - texts.mean(0)).square().sum()",
+        "changes.siglip_loss(images, texts, model.log_scale.exp(), model.logit_bias)",
+        "SigLIP loss again",
+    ),
+    ("6.4", "v.cumsum(dim=1) / seen[:, None]", "v.mean(1, keepdim=True).expand_as(v)", "BEHIND"),
+    ("6.4", " / seen[:, None]", "", "divide by how many"),
+    ("6.4", "patches.flatten(2).transpose(1, 2)", "patches.flatten(2)", "shape"),
+    (
+        "6.4",
+        "patches.flatten(2).transpose(1, 2)",
+        "patches.flatten(2).reshape(len(patches), -1, patches.shape[1])",
+        "wrong places",
+    ),
+    (
+        "6.4",
+        "patches.flatten(2).transpose(1, 2)",
+        "patches.transpose(2, 3).flatten(2).transpose(1, 2)",
+        "by columns",
+    ),
+    ("6.4", "return self.language_model.norm(x)", "return x", "final norm"),
+    (
+        "6.4",
+        "return self.language_model.norm(x)",
+        "return self.lm_head(self.language_model.norm(x))",
+        "never logits",
+    ),
+    (
+        "6.4",
+        "self.language_model.embed_tokens(input_ids)",
+        "self.language_model.embed_tokens.weight[input_ids]",
+        "by the MODULE",
+    ),
+    ("6.4", "raise ValueError", "raise RuntimeError", "ValueError"),
+    ("6.4", "is_image.sum() != ", "is_image.sum() > ", "more features"),
+    ("6.5", "Summarize the image in one word:", "Describe the image in detail.", "about to say"),
+    ("6.5", "Summarize the text in one word:", "Summarize the zebra:", "'zebra"),
+    (
+        "6.5",
+        'MY_TEXT_PROMPT = "Summarize the text in one word:"',
+        "MY_IMAGE_PROMPT = IMAGE_PROMPT; MY_TEXT_PROMPT = TEXT_PROMPT",
+        "the paper's prompts",
+    ),
+    ("6.6", "[short, longer]", "[short, short]", "lets it through"),
+    ("6.6", "[short, longer]", "[longer, short]", "healthy system ill"),
+    ("6.6", "ids.roll(-1)[places]", "ids[places]", "healthy system ill"),
+    ("6.6", "gradient is not None and bool(gradient != 0)", "True", "lets it through"),
+    ("6.6", "captions[1:] + captions[:1]", "captions", "lets it through"),
+    (
+        "6.6",
+        "return bool((own - others).abs().max() < 1e-3)",
+        "return predicts_the_next(system, samples)",
+        "healthy system ill|lets it through|also fails",
+    ),
+    ("6.7", '"A": broken.LABELS', '"A": broken.LEAK', "passes caption_stays_out"),
+    ("6.7", '"A": broken.LABELS', '"A": "labels"', "is none of"),
+    ("6.8", "lengths - 1]", "lengths - 2]", "last real token"),
+    ("6.8", "lengths - 1]", "-1]", "padding"),
+    ("6.8", "ids[places + 1]", "ids[places]", "itself"),
+    ("6.8", "wanted[places] = ids[places + 1]", "wanted[places + 1] = ids[places + 1]", "too late"),
+    ("6.8", "model.log_scale.exp()", "model.log_scale.exp().item()", "no gradient"),
+    ("6.8", "model.log_scale.exp()", "model.log_scale", "logarithm"),
+    ("6.8", "layout.image_side(caption)", "layout.image_side() + caption", "stop_id"),
+    ("6.8", "layout.image_side(caption)", "layout.prefix() + caption", "BEHIND"),
 ]
 
 
@@ -134,18 +240,19 @@ def test_common_mistakes_get_a_hint(name, right, wrong, hint, after_setup):
     assert right in solution
     with pytest.raises(checks.NotYet) as found:
         check(after_setup(stem), stem, name, solution.replace(right, wrong))
-    assert hint in str(found.value) or hint == "hint", found.value
+    assert any(word in str(found.value) for word in hint.split("|")), found.value
 
 
 def test_every_exercise_has_its_cells_and_the_share_that_is_typed_in_advance():
-    assert len(CELLS) == 5
+    assert len(CELLS) == 6
     for stem, cells in CELLS.items():
         by_kind = {
             kind: [c.name for c in cells if c.kind == kind]
             for kind in ("exercise", "solution", "check")
         }
         assert by_kind["exercise"] == by_kind["solution"] == by_kind["check"]
-        assert 3 <= len(by_kind["exercise"]) <= 5
+        most = 8 if stem.startswith("6") else 5  # the last one is an afternoon of its own
+        assert 3 <= len(by_kind["exercise"]) <= most
         blank = {line for c in cells if c.kind != "solution" for line in c.text.splitlines()}
         solved = [
             line
@@ -182,6 +289,29 @@ def test_the_build_command_finds_a_changed_notebook(tmp_path):
     (folder / "1.ipynb").write_text("{}")
     assert "1.ipynb is not what its source gives" in build_there("--check").stderr
 
+    (folder / "source" / "1.py").write_text("# %% setup\nSHARE = 1.0\n")
+    assert not build_there("--share", "0.2").returncode
+    book = json.loads((folder / "1.ipynb").read_text())
+    assert [cell["source"] for cell in book["cells"]] == [["SHARE = 0.2"]]
+
+
+def test_one_setting_at_the_top():
+    """It is the first code cell of each, alone, and it reaches every number of steps."""
+    for stem, cells in CELLS.items():
+        code = [cell.text for cell in cells if cell.kind != "[markdown]"]
+        assert code[0] == "SHARE = 1.0", stem
+        for text in code:
+            for steps in re.findall(r"[^_]steps=([^,)]+)", text):
+                assert "fewer(" in steps or steps in ("10", "30", "12"), f"{stem}: steps={steps}"
+
+
+def test_a_share_of_a_core_gives_fewer_steps_and_never_none():
+    assert fewer(40, 1.0) == fewer(40, 20) == 40
+    assert fewer(40, 0.2) == 18
+    assert fewer(40, 0.25) == 20
+    assert fewer(40, 0) == fewer(40, -1) == 8
+    assert fewer(1, 0.04) == 1
+
 
 def test_a_hint_is_shown_without_a_traceback():
     with pytest.raises(checks.NotYet) as found:
@@ -200,15 +330,6 @@ def test_replaced_puts_everything_back():
     assert thing.x == 1 and "x" not in vars(thing)
 
 
-SHORTER = """
-import dataclasses, functools, train
-@functools.wraps(train.train)
-def shorter(embedder, config, *rest, train=train.train):
-    train(embedder, dataclasses.replace(config, steps=6), *rest)
-train.train = shorter
-"""
-
-
 @pytest.mark.skipif(
     not os.environ.get("NANOVLADVA_WORKSHOP"), reason="minutes: set NANOVLADVA_WORKSHOP=1"
 )
@@ -216,8 +337,8 @@ train.train = shorter
 @pytest.mark.parametrize("stem", list(CELLS))
 def test_notebooks_run_from_top_to_bottom(stem, solved, monkeypatch):
     """With solutions: without an error, in the project's folder. With blanks: from workshop/, with
-    nothing but the checkers' hints, as nothing depends on an answer (and with fewer steps of
-    training)."""
+    nothing but the checkers' hints, as nothing depends on an answer (and with the smallest
+    SHARE)."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -226,10 +347,11 @@ def test_notebooks_run_from_top_to_bottom(stem, solved, monkeypatch):
     path = PROJECT / "workshop" / ("solutions" if solved else ".") / f"{stem}.ipynb"
     book = nbformat.read(path, as_version=4)
     if not solved:
-        book.cells.insert(0, nbformat.v4.new_code_cell(SHORTER))
+        for cell in book.cells:
+            cell.source = cell.source.replace("SHARE = 1.0", "SHARE = 0.04")
     client = nbclient.NotebookClient(
         book,
-        timeout=300,
+        timeout=900,
         kernel_name="python3",
         allow_errors=not solved,
         resources={"metadata": {"path": str(folder)}},

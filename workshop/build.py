@@ -2,6 +2,7 @@
 
     python workshop/build.py            writes workshop/*.ipynb and workshop/solutions/*.ipynb
     python workshop/build.py --check    writes nothing, fails where a notebook is out of date
+    python workshop/build.py --share 0.2    the same for a room in which a fifth of a core is free
 
 A source is plain Python in cells ("percent format"). What follows `# %%` says what a cell is:
 
@@ -68,11 +69,15 @@ def notebook(cells: list[Cell], solved: bool) -> str:
     return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
 
 
-def notebooks() -> dict[Path, str]:
-    """Every notebook's path and text."""
+def notebooks(share: float = 1.0) -> dict[Path, str]:
+    """Every notebook's path and text. `share`: the setting at the top of each."""
     result = {}
     for source in sorted((HERE / "source").glob("*.py")):
-        cells = read_cells(source)
+        cells = []
+        for cell in read_cells(source):
+            if cell.text == "SHARE = 1.0":
+                cell = cell._replace(text=f"SHARE = {share}")
+            cells.append(cell)
         result[HERE / f"{source.stem}.ipynb"] = notebook(cells, solved=False)
         result[HERE / "solutions" / f"{source.stem}.ipynb"] = notebook(cells, solved=True)
     return result
@@ -89,8 +94,10 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail where a notebook is out of date"
     )
+    share = "what SHARE is at the top of each notebook (1.0: a core of one's own)"
+    parser.add_argument("--share", type=float, default=1.0, metavar="NUMBER", help=share)
     args = parser.parse_args()
-    for path, text in notebooks().items():
+    for path, text in notebooks(args.share).items():
         if not args.check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -643,3 +643,423 @@ BUGS = {
         "the last supervised label of a caption is layout.stop_id",
     ),
 }
+
+
+# ---- 6. Change it, and find what is broken
+
+
+@exercise("6.1", "every pair is a question of its own: right or wrong? No pair competes.")
+def exercise_6_1(siglip_loss):
+    from workshop.changes import siglip_loss as right
+
+    images = torch.randn(6, 5) * 3
+    texts = torch.randn(6, 5)
+    value = tensor(siglip_loss(images, texts, 4.0, -2.0), ())
+    wanted = right(images, texts, 4.0, -2.0)
+    cosine = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    eye = torch.eye(6)
+
+    def loss_of(logits):
+        return -F.logsigmoid(logits).sum() / 6
+
+    need(not close(value, -wanted), "the sign: minus the logarithm of what is right")
+    need(not close(value, wanted / 6), "this is the mean over all pairs; SigLIP divides by B only")
+    need(not close(value, 6 * wanted), "this is the sum over all pairs; divide it by B")
+    all_right = loss_of(4 * cosine - 2)
+    need(not close(value, all_right), "wrong pairs count as right ones: their sign is -1")
+    zero_signs = loss_of(eye * (4 * cosine - 2))
+    need(not close(value, zero_signs), "wrong pairs have the sign 0 here; -1 off the diagonal")
+    turned = loss_of((1 - 2 * eye) * (4 * cosine - 2))
+    need(not close(value, turned), "the signs are turned round: 1 ON the diagonal")
+    outside = loss_of((2 * eye - 1) * 4 * cosine - 2)
+    need(not close(value, outside), "the bias belongs to the logits, before the sign: sign * (...)")
+    need(not close(value, right(images, texts, 4.0, 2.0)), "plus the bias; it is negative already")
+    need(not close(value, right(images, texts, 4.0, 0.0)), "the bias is missing")
+    need(not close(value, right(images, texts, 0.25, -2.0)), "multiply by the scale, do not divide")
+    softmax = F.cross_entropy(4 * cosine - 2, torch.arange(6))
+    need(not close(value, softmax), "a softmax makes pairs compete; here each has a sigmoid")
+    found = f"the loss is {value.item():.4f}, wanted is {wanted.item():.4f}"
+    hint = "minus the sum over all pairs of logsigmoid(sign * (scale * cosine + bias)), over B"
+    need(close(value, wanted), f"{found}: {hint}")
+    extreme = siglip_loss(images, texts, 100.0, -100.0)
+    is_finite = torch.isfinite(torch.as_tensor(extreme))
+    need(is_finite, "a cold temperature gives infinity: F.logsigmoid, never log(sigmoid(x))")
+
+
+@exercise("6.2", "a loss with a parameter of its own: one function, one line, one weight.")
+def exercise_6_2(siglip, add_bias, config_class, make):
+    """`make()` gives (embedder, batch): adapters added, and a small batch."""
+    import train as training
+    from lora import loss_parameters
+    from workshop.changes import siglip_loss
+
+    config = config_class(contrastive_weight=0.0, autoregressive_weight=0.0)
+    has_weight = getattr(config, "siglip_weight", 0)
+    filled(has_weight)
+    need(has_weight, "the weight: siglip_weight: float = 1.0 (its name is the loss's, and _weight)")
+    embedder, batch = make()
+    model = embedder.model
+    add_bias(model)
+    need(hasattr(model, "logit_bias"), "add_bias must set model.logit_bias")
+    filled(model.logit_bias)
+    is_parameter = isinstance(model.logit_bias, torch.nn.Parameter)
+    need(is_parameter, "model.logit_bias would not be trained: wrap it, torch.nn.Parameter(...)")
+    need(model.logit_bias.shape == (), "logit_bias is one number: torch.tensor(-10.0)")
+    is_low = model.logit_bias.item() < -1
+    need(is_low, "start the bias low, at -10: of B x B pairs nearly all are wrong")
+    need("logit_bias" in loss_parameters(model), "it must be the model's own: model.logit_bias")
+
+    images = torch.randn(5, 8)
+    texts = torch.randn(5, 8)
+    value = tensor(siglip(model, images, texts, config), ())
+    scale = model.log_scale
+    bias = model.logit_bias
+    is_log = close(value, siglip_loss(images, texts, scale, bias))
+    need(not is_log, "model.log_scale is the logarithm: .exp() makes the scale of it")
+    is_inverse = close(value, siglip_loss(images, texts, 1 / scale.exp(), bias))
+    need(not is_inverse, "exp(log_scale) is 1 / temperature already")
+    wanted = siglip_loss(images, texts, scale.exp(), bias)
+    need(close(value, wanted), "not the SigLIP loss at the model's own temperature and bias")
+
+    with replaced(training, "EMBEDDING_LOSSES", {"siglip": siglip}):
+        found = training.training_step(model, batch, config)
+    need(found["siglip"] > 0, "training_step computed nothing: is the weight above 0?")
+    for name, parameter in loss_parameters(model).items():
+        has_gradient = parameter.grad is not None and parameter.grad != 0
+        advice = "no .item(), no .detach(), no number written in its place"
+        need(has_gradient, f"no gradient reaches model.{name}: {advice}")
+
+
+@exercise("6.3", "a loss is any number that the embeddings can make smaller. Now measure it.")
+def exercise_6_3(my_loss):
+    from types import SimpleNamespace
+
+    from losses import contrastive_loss
+    from workshop.changes import siglip_loss
+
+    scale = torch.tensor(14.0)
+    model = SimpleNamespace(log_scale=scale.log(), logit_bias=torch.tensor(-10.0))
+
+    def value_of(images, texts):
+        return my_loss(model, images, texts, None)
+
+    images = torch.randn(12, 16).requires_grad_()
+    texts = torch.randn(12, 16).requires_grad_()
+    value = value_of(images, texts)
+    filled(value)
+    if isinstance(value, torch.Tensor) and value.numel() > 1:
+        raise NotYet(f"a loss is one number, this has the shape {tuple(value.shape)}: .mean()?")
+    value = tensor(value, ())
+    need(torch.isfinite(value), f"the loss of ordinary embeddings is {value.item()}")
+    advice = "no .item(), no .detach(); a comparison and argmax have no slope"
+    need(value.requires_grad, f"no gradient reaches the embeddings: {advice}")
+    found = torch.autograd.grad(value, (images, texts), allow_unused=True)
+    slopes = [each for each in found if each is not None and each.any()]
+    need(slopes, f"the gradient is zero: {advice}, and max(0, ...) may be 0 everywhere")
+
+    order = torch.randperm(12)
+    shuffled = value_of(images[order], texts[order])
+    is_same = close(value, shuffled)
+    need(is_same, "pairs in another order give another loss; their order in a batch means nothing")
+    doubled = value_of(torch.cat([images, images]), torch.cat([texts, texts]))
+    is_sum = close(doubled, 2 * value) or close(doubled, 4 * value)
+    need(not is_sum, "twice the batch, a multiple of the loss: take a mean, not a sum")
+
+    equal = torch.randn(12, 16).requires_grad_()
+    at_home = value_of(equal, equal.detach().clone())
+    found = torch.autograd.grad(at_home, equal, allow_unused=True)[0]
+    no_nan = found is None or torch.isfinite(found).all()
+    need(
+        no_nan, "where image and text are equal the gradient is NaN: a square root of 0? square it"
+    )
+    is_finite = torch.isfinite(value_of(images[:2], texts[:2]))
+    need(is_finite, "a batch of two pairs gives no number: a last batch may be so small")
+
+    known = {
+        "contrastive": lambda images, texts: contrastive_loss(images, texts, scale),
+        "SigLIP": lambda images, texts: siglip_loss(images, texts, scale, -10.0),
+    }
+    for name, loss in known.items():
+        ratios = []
+        for _ in range(3):
+            images = torch.randn(12, 16)
+            texts = torch.randn(12, 16)
+            ratios.append(float(value_of(images, texts)) / float(loss(images, texts)))
+        is_another = max(ratios) - min(ratios) > 1e-4 * abs(max(ratios))
+        need(is_another, f"this is the {name} loss again, whatever its weight: one of your own")
+
+
+@exercise("6.4", "data, LoRA, losses and training take any model that keeps these promises.")
+def exercise_6_4(tiny_class, embedder, samples):
+    import backbones
+    from data import collate
+    from eval import Embedder
+    from lora import SoftPrompt, trainable_parameters
+    from train import TrainConfig, add_adapters, training_step
+    from workshop.changes import tiny_config
+
+    config = tiny_config(embedder.model.config)
+    D = config.text.hidden_size
+    V = config.text.vocab_size
+    N = config.num_image_tokens
+    model = tiny_class(config)
+    language_model = model.language_model
+    torch.nn.init.normal_(language_model.norm.weight, 1.0, 0.2)  # else a missing norm hides
+
+    v = torch.randn(2, 5, D)
+    mixed = tensor(model.mix(v), (2, 5, D), "mix(v)")
+    sees_future = not close(model.mix(v[:, :3]), mixed[:, :3])
+    need(not sees_future, "mix: a token sees those BEHIND it; the caption would reach the summary")
+    need(not close(mixed[:, 1], v[:, :2].sum(1)), "mix: divide by how many there are, 1, 2, ..., T")
+    need(close(mixed[:, 0], v[:, 0]), "mix: the first token has only itself to collect")
+    is_mean = close(mixed[:, 3], v[:, :4].mean(1))
+    need(is_mean, "mix: at t the mean over positions 0 to t, its own included")
+
+    pixels = torch.stack([sample.pixel_values for sample in samples[:2]])
+    patches = model.vision_tower(pixels)  # (2, D, rows, columns)
+    value = model.image_features(pixels)
+    filled(value)
+    features = tensor(value, (2, N, D), "image_features")
+    wanted = patches.flatten(2).transpose(1, 2)
+    by_columns = patches.transpose(2, 3).flatten(2).transpose(1, 2)
+    need(not close(features, by_columns), "image_features: the patches go by columns, not by rows")
+    advice = "flatten rows and columns, then (images, D, N) -> (images, N, D) by a transpose"
+    need(close(features, wanted), f"image_features: the numbers are in the wrong places: {advice}")
+
+    layout = embedder.layout
+    rows = [torch.tensor(layout.text_side(text)) for text in ("a red ring", "a blue star")]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    value = model(ids)
+    filled(value)
+    if isinstance(value, torch.Tensor) and value.shape[-1] == V:
+        raise NotYet("forward returns scores of words; hidden states are wanted, never logits")
+    hidden = tensor(value, (*ids.shape, D), "forward(input_ids)")
+    x = language_model.embed_tokens(ids)
+    for layer in language_model.layers:
+        x = layer(x, model.mix)
+    need(not close(hidden, x), "forward: the final norm is missing, language_model.norm")
+    need(close(hidden, language_model.norm(x)), "forward: embed_tokens, all layers, norm; in order")
+
+    ids = torch.tensor([layout.image_side()] * 2)
+    seen = model(ids, pixels)
+    filled(seen)
+    given = model(ids, image_features=features)
+    need(close(seen, given), "forward: features that are given must count as pixel_values do")
+    need(not close(seen[0], seen[1]), "forward: two pictures give the same states; where are they?")
+    first = layout.prefix().index(config.image_token_id)
+    swapped = model(ids, image_features=features.flip(0))
+    need(close(swapped[0, first:], seen[1, first:]), "forward: features go to the wrong picture")
+    hint = "ValueError, or features shift into others' places"
+    need(refuses(model, ids[:1], features), f"forward: more features than image tokens: {hint}")
+    need(refuses(model, ids, features[:1]), f"forward: fewer features than image tokens: {hint}")
+
+    scores = model.logits(hidden)
+    filled(scores)
+    right = hidden @ model.lm_head.weight.T
+    need(close(tensor(scores, right.shape, "logits"), right), "logits: hidden @ lm_head.weight.T")
+    is_backbone = isinstance(model, backbones.Backbone)
+    need(is_backbone, "a member of backbones.Backbone is missing: is it a changes.TinyParts?")
+
+    # From here on nothing is typed by hand: the project's own training.
+    layout = layout.with_prompts(*layout.prompt_texts)
+    mine = Embedder(model, layout, embedder.processor)
+    settings = TrainConfig(lora_rank=2, fast=False)
+    add_adapters(mine, settings)
+    is_soft = isinstance(language_model.embed_tokens, SoftPrompt)
+    need(is_soft, "soft prompts found no language_model.embed_tokens")
+    batch = collate(samples, mine.layout, micro_batch=4)
+    try:
+        found = training_step(model, batch, settings)
+    except IndexError:
+        advice = "look up by the MODULE language_model.embed_tokens, not by its weight"
+        raise NotYet(f"forward: soft prompts' ids, V and above, have no row: {advice}") from None
+    need(math.isfinite(found["loss"]), f"one step of training: the loss is {found['loss']}")
+    for name, parameter in trainable_parameters(model).items():
+        reached = parameter.grad is not None and parameter.grad.any()
+        advice = "do all ids go through the module language_model.embed_tokens?"
+        if "embed_tokens" in name:
+            need(reached, f"no gradient reaches the soft prompts ({name}): {advice}")
+        elif ".lora_B." in name:
+            need(reached, f"no gradient reaches LoRA ({name}): are all layers run?")
+
+
+def refuses(model, ids, features) -> bool:
+    """Does forward raise a ValueError? (Where there are too few, torch raises a RuntimeError.)"""
+    try:
+        model(ids, image_features=features)
+    except ValueError:
+        return True
+    except RuntimeError:
+        return False
+    return False
+
+
+@exercise("6.5", "chosen on validation scenes. The test set is for the one that you have chosen.")
+def exercise_6_5(image_prompt, text_prompt, retrieval_of, embedder, pictures):
+    """`retrieval_of(image prompt, text prompt)` gives R@1 on validation scenes."""
+    from data import IMAGE_PROMPT, TEXT_PROMPT
+
+    for name, prompt in (("image", image_prompt), ("text", text_prompt)):
+        filled(prompt)
+        need(isinstance(prompt, str), f"the {name} prompt is a {type(prompt).__name__}, not a text")
+    is_own = image_prompt.strip() != IMAGE_PROMPT and text_prompt.strip() != TEXT_PROMPT
+    need(is_own, "these are the paper's prompts; find others")
+    tokenizer = embedder.tokenizer
+    unknown = tokenizer.tokenizer.token_to_id("<unk>")
+    for word in f"{image_prompt} {text_prompt}".split():
+        is_known = unknown is None or unknown not in tokenizer.encode(word)
+        need(is_known, f"the model never saw the word {word!r}, it reads <unk>: take another")
+
+    # Half of what the paper's prompts find, by the same model in the same scenes. A state that
+    # holds the picture loses a little by other words; one that is about to begin a sentence loses
+    # nearly all.
+    mine = retrieval_of(image_prompt, text_prompt)
+    papers = retrieval_of(IMAGE_PROMPT, TEXT_PROMPT)
+    if mine >= papers / 2:
+        return
+    layout = embedder.layout.with_prompts(image_prompt, text_prompt)
+    ids = torch.tensor([layout.image_side()] * len(pictures))
+    with torch.no_grad():
+        hidden = embedder.model(ids, embedder.pixel_values(pictures))
+        words = embedder.model.logits(hidden[:, -1]).argmax(-1)
+    commonest = words.mode().values
+    share = 100 * (words == commonest).double().mean().item()
+    word = tokenizer.tokenizer.id_to_token(commonest.item())
+    found = f"R@1 is {mine:.0f} %, the paper's prompts find {papers:.0f} %, half of it is asked for"
+    if share > 50:
+        problem = f"behind {share:.0f} % of the pictures your model is about to say {word!r}"
+        raise NotYet(f"{found}: {problem}; ask for ONE word that differs from picture to picture")
+    raise NotYet(f"{found}: do both prompts ask for the same thing, a summary in one word?")
+
+
+@exercise("6.6", "four tests that know a broken system by what it does, not by how it looks.")
+def exercise_6_6(
+    ignores_neighbours, predicts_the_next, temperature_learns, caption_stays_out, folder, samples
+):
+    from workshop import broken
+
+    mine = {
+        broken.POSITION: ignores_neighbours,
+        broken.LABELS: predicts_the_next,
+        broken.TEMPERATURE: temperature_learns,
+        broken.LEAK: caption_stays_out,
+    }
+    hints = {
+        broken.POSITION: "embed the short text once more, FIRST in a batch with a longer one",
+        broken.LABELS: "labels at `places` against ids one place further on: ids.roll(-1)[places]",
+        broken.TEMPERATURE: "there must be a gradient (not None), and it must not be zero",
+        broken.LEAK: "the same pictures with others' captions: system.embed_pictures(samples, ...)",
+    }
+    for fault, test in mine.items():
+        name = broken.MEASUREMENTS[fault].__name__
+        for ill, system in broken.systems(folder).items():
+            said = verdict(test, system, samples)
+            if said is None:
+                raise NotYet(f"{name}: return True or False: fill in the blank, `...`")
+            if not ill:
+                need(said, f"{name} calls the healthy system ill: {hints[fault]}")
+            elif ill == fault:
+                need(not said, f"{name} lets it through that {fault}: {hints[fault]}")
+            else:
+                need(said, f"{name} also fails where {ill}: look at one thing only; {hints[fault]}")
+
+
+def verdict(test, system, samples) -> bool | None:
+    """What a test says of a system: True, False (an error counts as that), None for a blank."""
+    try:
+        said = test(system, samples)
+    except (AssertionError, IndexError, RuntimeError):  # a crash finds a fault, too
+        return False
+    except TypeError:
+        if holds_blank(test):
+            return None
+        raise
+    if isinstance(said, torch.Tensor) and said.numel() == 1:
+        said = bool(said)
+    return said if isinstance(said, bool) else None
+
+
+def examine(patients: dict, tests: list, samples) -> None:
+    """Print what each test says of each patient; `?` where the test has a blank."""
+    width = max(len(test.__name__) for test in tests)
+    print(" " * width, *patients)
+    for test in tests:
+        marks = []
+        for system in patients.values():
+            try:
+                said = verdict(test, system, samples)
+            except Exception:  # a half-written test; its checker says what is wrong with it
+                said = None
+            marks.append({True: "✓", False: "✗", None: "?"}[said])
+        print(f"{test.__name__:{width}}", *marks)
+
+
+@exercise("6.7", "four diagnoses, none of them from a loss curve.")
+def exercise_6_7(diagnosis, patients, samples):
+    from workshop import broken
+
+    has_all = isinstance(diagnosis, dict) and set(diagnosis) == set(patients)
+    need(has_all, f"a dictionary with the keys {', '.join(patients)}")
+    for name, said in diagnosis.items():
+        filled(said)
+        known = ", ".join(repr(fault) for fault in broken.FAULTS)
+        need(said in broken.FAULTS, f"{name}: {said!r} is none of {known}")
+    for name, said in diagnosis.items():
+        # Measured, not looked up: a patient may have been trained or mended since.
+        measure = broken.MEASUREMENTS[said]
+        is_ill = not measure(patients[name], samples)
+        hint = f"it passes {measure.__name__}; which of the four does it fail?"
+        need(is_ill, f"patient {name} has another fault than that {said}: {hint}")
+
+
+@exercise("6.8", "four lines. Finding them took longer, as in real life.")
+def exercise_6_8(pool, labels, scale, sequence, embedder):
+    from types import SimpleNamespace
+
+    from workshop import broken
+
+    hidden = torch.randn(3, 6, 4)
+    lengths = torch.tensor([4, 6, 2])
+    value = tensor(pool(hidden, lengths), (3, 4), "pool: the result")
+    need(not close(value, hidden[:, -1]), "pool: -1 is padding in all rows but the longest")
+    is_right = close(value, broken.pool(hidden, lengths))
+    need(is_right, "pool: not the last real token of each row; positions are counted from 0")
+
+    ids = torch.arange(10, 18)
+    places = torch.tensor([3, 4, 5, 6])
+    value = tensor(labels(ids, places), (8,), "labels: the result")
+    right = broken.labels(ids, places)
+    ill = broken.labels_of_themselves(ids, places)
+    is_late = torch.equal(value, ill)
+    need(not is_late, "labels: still one too late; write AT places what stands BEHIND them")
+    itself = torch.equal(value[places], ids[places])
+    need(not itself, "labels: each place predicts itself, which needs no thinking")
+    need((value[:3] == broken.IGNORE).all(), "labels: what is not in places is IGNORE")
+    need(torch.equal(value, right), "labels: at each place the id of the next position")
+
+    model = SimpleNamespace(log_scale=torch.nn.Parameter(torch.tensor(1.7)))
+    value = scale(model)
+    filled(value)
+    has_slope = isinstance(value, torch.Tensor) and value.requires_grad
+    need(has_slope, "scale: a number has no gradient; compute it from model.log_scale itself")
+    value = tensor(value, (), "scale: the result")
+    need(not close(value, model.log_scale), "scale: log_scale is a logarithm: .exp()")
+    need(not close(value, (-model.log_scale).exp()), "scale: this is the temperature; 1 / it")
+    need(close(value, model.log_scale.exp()), "scale: exp(log_scale)")
+
+    layout = embedder.layout
+    caption = embedder.tokenizer.encode("there are two objects on a navy background.")
+    row = sequence(layout, list(caption))
+    filled(row)
+    is_row = isinstance(row, broken.Row)
+    need(is_row, "sequence: return Row(ids, summary, places)")
+    need(all(part is not ... for part in row), "fill in the blank, `...`")
+    right = broken.sequence(layout, list(caption))
+    is_behind = row.ids[: len(layout.image_side())] == layout.image_side()
+    need(is_behind, "sequence: picture and prompt first, the caption BEHIND them")
+    has_end = row.ids[-1] == layout.stop_id
+    need(has_end, "sequence: the caption must end with layout.stop_id, or it is never learned")
+    need(list(row.ids) == right.ids, "sequence: layout.image_side(caption) is all of it")
+    need(row.summary == right.summary, "sequence: the summary is the prompt's last position")
+    is_same = list(row.places) == list(right.places)
+    need(is_same, "sequence: trained are the summary and all behind it but the last position")

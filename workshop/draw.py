@@ -291,6 +291,18 @@ def scatter(x, y, names, xlabel: str, ylabel: str) -> None:
     plt.show()
 
 
+def dots(groups: dict[str, np.ndarray], title: str) -> None:
+    """Points of a plane in groups: {label: (number, 2)}, one color a group."""
+    _, (axis,) = side_by_side(1, 5.5, 3.2)
+    for (label, places), color in zip(groups.items(), COLORS):
+        places = np.asarray(places)
+        axis.scatter(places[:, 0], places[:, 1], s=14, color=color, label=label)
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=8)
+    without_box(axis)
+    plt.show()
+
+
 def grouped_bars(
     columns: list[str], rows: dict[str, list[float]], ylabel: str = "%", title: str = ""
 ) -> None:

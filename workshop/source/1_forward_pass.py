@@ -3,9 +3,9 @@
 #
 # A picture and a question go in, words come out. This notebook follows one picture through the
 # machine and stops at every box. At the end you know every tensor on the way, and you have changed
-# the real code and seen what breaks.
+# the real code and seen what breaks. It begins with the whole paper on one page.
 #
-# You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 30 minutes, four
+# You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 35 minutes, four
 # exercises.
 #
 # How to work: run the cells in order with Shift+Enter. An exercise is a cell with a blank, `...`.
@@ -16,9 +16,19 @@
 # Axes, in this notebook and in the code: **B** batch, **T** tokens, **N** image tokens, **D**
 # hidden size, **H** heads, **V** vocabulary.
 
+# %% [markdown]
+# **The only setting.** How much of a processor core is yours: 1.0 on a laptop of your own, 0.2 on a
+# busy shared server (`python -m examples.check` tells). At 1.0 no cell takes a minute. At 0.2 a
+# cell waits about twice as long as on a quiet laptop, and
+# the page's run has fewer steps; all else is short anyway.
+
+# %% setup
+SHARE = 1.0
+
 # %% setup
 import inspect
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -37,8 +47,9 @@ from eval import load_embedder
 from formats.testsets import read_retrieval
 from toy import world
 from workshop import checks, draw
+from workshop.pace import fewer
 
-WORLD = world.build(ROOT / "runs" / "workshop" / "world", train_scenes=1024, test_scenes=400)
+WORLD = world.build(ROOT / "runs" / "workshop" / "world", train_scenes=1024, test_scenes=240)
 MODEL = ROOT / "toy" / "tiny-llava"
 embedder = load_embedder(MODEL, device="cpu")  # a model with all it takes to use it
 model = embedder.model
@@ -49,12 +60,52 @@ items = read_retrieval(WORLD / "test" / "karpathy.json", WORLD / "images")
 _ = torch.set_grad_enabled(False)  # nothing is trained in this notebook
 
 # %% [markdown]
-# That built a small world of pictures (once, a few seconds) and loaded a small LLaVA of 2.3 million
-# parameters. It has the same parts, in the same file format, as the real one of 7 billion.
+# That built a small world of pictures (once for all notebooks, a few seconds) and loaded a small
+# LLaVA. It has the same parts, in the same file format, as the real one of 7 billion parameters.
 
 # %%
+size = sum(parameter.numel() for parameter in model.parameters())
+print(f"{size / 1e6:.1f} million parameters")
 pictures = [open_image(path) for path, _ in items[:12]]
 draw.pictures(pictures, [captions[0] for _, captions in items[:12]])
+
+# %% [markdown]
+# ## The whole paper on one page
+#
+# Before the parts, the whole. [`workshop/one_page.py`](one_page.py) is VladVA in 200 lines: LLaVA,
+# what is added to it, both losses, training, retrieval and a caption before and after. It imports
+# nothing of this project, and a test holds it to the same losses and gradients. Open it beside this
+# notebook, and read its docstrings from top to bottom; five minutes are enough today. This is what
+# it prints, after 100 steps, which take a minute or two:
+
+# %%
+print((ROOT / "docs" / "one-page.txt").read_text())
+
+# %% [markdown]
+# Or see it live, for 20 steps on this notebook's smaller world. (`runpy` does what `python
+# workshop/one_page.py --steps 20` does in a terminal.) It takes up to half a minute. Look at two
+# things: recall rises, and the model still writes.
+
+# %%
+page = str(ROOT / "workshop" / "one_page.py")
+command = [page, "--data", str(WORLD), "--steps", str(fewer(20, SHARE))]
+with checks.replaced(sys, "argv", command), torch.enable_grad():
+    _ = runpy.run_path(page, run_name="__main__")
+
+# %% [markdown]
+# Where each block of the page grows in these notebooks ([docs/one-page.md](../docs/one-page.md)
+# says the same of the code):
+#
+# | on the page | what it is | notebook |
+# |---|---|---|
+# | `see`, `norm`, `attention`, `read` | LLaVA's forward pass | 1, all of it |
+# | `encode`, `embed` | words to ids to vectors | 1, *One sequence for both*; 4, *Soft prompts* |
+# | `read_images`, `read_texts` | what stands where in a sequence | 2, *Two roads ...* |
+# | `measure` | recall at 1 | 2, *Zero-shot retrieval* |
+# | `losses` | both losses, one pass | 3, all of it |
+# | `linear`, `add_adapters` | LoRA and what else learns | 4, all of it |
+# | the loop | a training run | 5, all of it |
+# | a line of your own | another loss, model, prompt; what breaks in silence | 6, all of it |
 
 # %% [markdown]
 # ## The map
@@ -120,7 +171,7 @@ print(inspect.getsource(llava_code.VisionEmbeddings.forward))
 # A patch is $3 \cdot P \cdot P$ numbers. Its embedding is $W \cdot \text{patch}$: one matrix for
 # all patches. Cutting is done for you. Flatten the patches and multiply.
 #
-# The weight of the convolution has shape (D, 3, P, P), with D the tower's own width, 160.
+# The weight of the convolution has shape (D, 3, P, P), with D the tower's own width.
 # `tensor.flatten(1)` makes it (D, 3 · P · P).
 
 
@@ -305,9 +356,9 @@ for index, weights in enumerate(maps):
 draw.attention_over(image, on_image)
 
 # %% [markdown]
-# Brighter means more attention, averaged over the heads; each map has its own scale. Layer 0 looks
-# at the objects. Later layers spread out: by then the patches have talked to each other, and what a
-# position holds is no longer only what was drawn there.
+# Brighter means more attention, averaged over the heads; each map has its own scale. Which layers
+# look at the objects? Where a later layer looks elsewhere, remember: by then the patches have
+# talked to each other, and what a position holds is no longer only what was drawn there.
 #
 # ## From hidden states to words
 #
