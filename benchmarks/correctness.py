@@ -8,6 +8,7 @@ told not to, has three digits. Errors are ||found - expected|| / ||expected||, t
 values and gradients.
 """
 
+import argparse
 import contextlib
 import copy
 import json
@@ -277,6 +278,10 @@ def run(folder: Path, report: Callable[[str, str, dict], None]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     print(f"{device_name()}, torch {torch.__version__}")
     found = {}
 
