@@ -8,6 +8,7 @@ told not to, has three digits. Errors are ||found - expected|| / ||expected||, t
 values and gradients.
 """
 
+import argparse
 import contextlib
 import copy
 import json
@@ -156,11 +157,11 @@ def training(**settings) -> float:
 def rungs() -> float:
     """The peers of benchmarks/step.py compute the same step as ours, on the device."""
     comparison = Comparison("smallest", torch.float32, 6)
-    mine = comparison.contender("ours", 6, 2, 1)
+    mine = comparison.contender("ours", comparison.samples, 2, 1)
     _, expected = mine.gradients()
     errors = []
     for name in ("P0", "P1", "P2"):
-        _, found = comparison.contender(name, 6, 2, 1).gradients()
+        _, found = comparison.contender(name, comparison.samples, 2, 1).gradients()
         errors.append(largest_error([found[key] for key in expected], list(expected.values())))
     return max(errors)
 
@@ -277,6 +278,10 @@ def run(folder: Path, report: Callable[[str, str, dict], None]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     print(f"{device_name()}, torch {torch.__version__}")
     found = {}
 

@@ -3,11 +3,14 @@ beside the peers'. And benchmarks/gpu.py, which is to run where nobody can mend 
 """
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gpu
 from benchmarks.measure import count_flops, saved_bytes
 from benchmarks.step import (
     SIZES,
+    Comparison,
     Layout,
     build_ours,
     build_theirs,
@@ -22,8 +25,6 @@ from data import collate
 def contenders():
     """The tiny size with half of its batch, in fp32: ours, the rungs, and all weights."""
     pytest.importorskip("transformers"), pytest.importorskip("peft")
-    import torch
-
     config, pairs, micro_batch = SIZES["tiny"]
     samples = make_samples(config, pairs // 2)
     batch = collate(samples, Layout(config), micro_batch)
@@ -63,6 +64,21 @@ def test_bytes_kept_for_the_backward_pass(contenders, rung, most):
         saved_bytes(made["ours"].gradients, weights) / saved_bytes(made[rung].gradients, weights)
         < most
     )
+
+
+def test_needed_operations_are_those_of_single_sequences():
+    """What three lengths tell, beside all sequences counted one by one, attention too."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    comparison = Comparison("smallest", torch.float32, 3)
+    samples = comparison.samples
+    alone = comparison.contender("ours", samples, 1, 1)
+    alone.gradients()  # the first step also tries the fast losses on an example
+    with sdpa_kernel(SDPBackend.MATH):  # of plain matrix products, which are counted
+        needed = comparison.needed_flops(samples)
+        counted = count_flops(alone.gradients)
+    # Without the similarities of different pairs: here they are 8 of a million.
+    assert needed == pytest.approx(counted, rel=2e-5)
 
 
 @pytest.fixture(scope="module")
