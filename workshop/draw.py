@@ -263,13 +263,16 @@ def write_numbers(axis, matrix: np.ndarray) -> None:
 
 
 def curves(
-    *panels: tuple[str, dict[str, list[float]]], xlabel: str = "step", log: bool = False
+    *panels: tuple[str, dict[str, list[float]]],
+    xlabel: str = "step",
+    log: bool = False,
+    start: int = 0,
 ) -> None:
-    """Lines, from step 0 on: a panel is (title, {label: values})."""
+    """Lines, from step 0 on (or another start): a panel is (title, {label: values})."""
     _, axes = side_by_side(len(panels), 4.6 * len(panels), 2.9)
     for axis, (title, lines) in zip(axes, panels):
         for (label, values), color in zip(lines.items(), COLORS):
-            axis.plot(range(len(values)), values, color=color, label=label)
+            axis.plot(range(start, start + len(values)), values, color=color, label=label)
         axis.set(xlabel=xlabel, yscale="log" if log else "linear")
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=8)
