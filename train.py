@@ -74,7 +74,7 @@ class TrainConfig:
     # The batch.
     steps: int = setting(150, "optimiser steps")
     batch_size: int = setting(128, "images in a batch, the negatives of one another")
-micro_batch: int = setting(
+    micro_batch: int = setting(
         32, "sequences of like length that go through the model together (more: faster on a GPU)"
     )
     caption_share: float = setting(0.5, "share of a batch whose long captions are used (paper: 1)")
