@@ -151,8 +151,9 @@ draw.matrices(("p: which text each picture picks", weights), numbers=True)
 
 # %% [markdown]
 # Pictures 0 and 1 are twins, and so are 4 and 5 (in the matrices above they were the 2 x 2 blocks
-# on the diagonal). Whatever probability is lost is lost to the twin's text. This is why `train.py`
-# keeps twins in the same batch (`--groups`).
+# on the diagonal). Whatever probability is lost is lost to the twin's text. With
+# `--groups`, `train.py` keeps twins in the same batch. The paper's batches are random, and so are
+# the default's; with 16 themes of few colors and shapes, some of their pictures are as hard.
 #
 # ## The autoregressive loss
 #
