@@ -49,6 +49,11 @@ ROWS = {  # what differs from the default settings
 }
 # What the paper says goes up: (from, to, columns).
 ORDERINGS = [
+    (
+        "no training",
+        "both + AR",
+        ("T2I@1", "I2T@1", "replace", "swap", "add", "wino text", "wino group", "described"),
+    ),
     ("no training", "soft prompts", ("T2I@1", "I2T@1", "replace", "swap", "add")),
     ("soft prompts", "LoRA (VLM2Vec's recipe)", ("T2I@1", "replace", "swap")),
     ("LoRA (VLM2Vec's recipe)", "both", ("T2I@1", "I2T@1", "replace", "swap")),
