@@ -84,7 +84,8 @@ print((ROOT / "docs" / "one-page.txt").read_text())
 # %% [markdown]
 # Or see it live, for 20 steps on this notebook's smaller world. (`runpy` does what `python
 # workshop/one_page.py --steps 20` does in a terminal.) It takes up to half a minute. Look at two
-# things: recall rises, and the model still writes.
+# things: what recall was and is (with so few steps and pictures, a point or two is noise), and that
+# the model still writes.
 
 # %%
 page = str(ROOT / "workshop" / "one_page.py")
