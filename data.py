@@ -15,8 +15,8 @@ A caption is routed by its length, whatever its key ("captions" is another key):
 feeds the contrastive loss, from 30 to 500 the autoregressive loss, as in the paper; a longer one is
 cut at the end of a sentence, which is ours. Two keys are optional:
 
-    "group": 7             records with one value stay neighbours, so that (but for a batch's
-                           border) they are hard negatives of each other
+    "group": 7             with `train.py --groups` records with one value stay neighbours, so that
+                           (but for a batch's border) they are hard negatives of each other
     "part": [512, 20480]   the picture is a part of the file "image": offset and length in bytes
 
 `python -m examples.convert` makes such lines of other people's files, `python -m examples.stats`
