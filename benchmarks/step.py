@@ -131,6 +131,13 @@ def make_samples(config: LlavaConfig, pairs: int, seed: int = 0) -> list[Sample]
 
 
 def build_ours(config: LlavaConfig, dtype: torch.dtype) -> Llava:
+    """`build_plain` with the lean layers."""
+    model = build_plain(config, dtype)
+    fast.install(model)
+    return model
+
+
+def build_plain(config: LlavaConfig, dtype: torch.dtype) -> Llava:
     """Random weights, LoRA that has learned something, soft prompts."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -148,7 +155,6 @@ def build_ours(config: LlavaConfig, dtype: torch.dtype) -> Llava:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     add_temperature(model, 0.07)
-    fast.install(model)
     return model.train()
 
 
