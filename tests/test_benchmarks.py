@@ -2,10 +2,13 @@
 beside the peers'. And the rungs of benchmarks/ladder.py, which must all compute the same step.
 """
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
-from benchmarks import ladder
+from benchmarks import ladder, rival
 from benchmarks.measure import count_flops, saved_bytes
 from benchmarks.step import (
     SIZES,
@@ -132,3 +135,29 @@ def test_the_ladder_prints_a_row_for_each_rung(rungs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(rungs)
     assert len({line.count("|") for line in lines}) == 1
+
+
+# ---- The rival
+
+
+def test_without_sentence_transformers_the_rival_is_skipped_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.rival"])
+    rival.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("skipped: sentence_transformers is not here")
+
+
+def test_the_rival_computes_the_same_step_and_embeddings(small_world, tmp_path):
+    """Its cached multiple-negatives loss on LoRA by peft: loss, gradients, embeddings."""
+    pytest.importorskip("sentence_transformers")
+    config = replace(rival.SETTINGS, batch_size=8, micro_batch=4)
+    rival.write_rival_folder(tmp_path / "folder")
+    ours = rival.Ours(config)
+    theirs = rival.Theirs(config, tmp_path / "folder", ours)
+    (pairs,) = rival.make_pairs(ours.embedder, small_world / "train.jsonl", 8, steps=1)
+    assert rival.first_step_differs_by(ours, theirs, pairs) < 1e-4
+    pictures = [picture for picture, _ in pairs]
+    captions = [caption for _, caption in pairs]
+    assert (ours.images(pictures) - theirs.images(pictures)).abs().max() < 1e-5
+    assert (ours.texts(captions) - theirs.texts(captions)).abs().max() < 1e-5
