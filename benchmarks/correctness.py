@@ -25,7 +25,14 @@ from torch import nn
 
 import train
 from benchmarks.measure import DEVICE, device_name
-from benchmarks.step import SMALLEST, Comparison, Layout, build_ours, make_samples
+from benchmarks.step import (
+    SMALLEST,
+    Comparison,
+    Layout,
+    build_ours,
+    build_plain,
+    make_samples,
+)
 from data import collate, open_image
 from eval import TOY_MODEL, caption, encode_image, load_base
 from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
@@ -147,7 +154,8 @@ def training(**settings) -> float:
     settings = {"micro_batch": 2, "batch_size": 6, "caption_share": 1.0} | settings
     config = TrainConfig(**settings)
     batch = collate(make_samples(SMALLEST, 6), Layout(SMALLEST), 2)
-    model = build_ours(SMALLEST, torch.float32, lean=config.fast)
+    build = build_ours if config.fast else build_plain
+    model = build(SMALLEST, torch.float32)
     exact = copy.deepcopy(model).to("cpu", torch.float64)
     plain = TrainConfig(**settings | {"fast": False, "gradient_cache": False})
     expected = step_and_gradients(exact, batch, plain)

@@ -5,6 +5,8 @@ import gc
 import json
 import statistics
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,23 +85,48 @@ def memory(key: str) -> int:
 
 
 def saved_bytes(function: Callable, parameters: list[torch.Tensor]) -> int:
-    """Bytes of all tensors that autograd keeps while `function` runs, each storage counted once,
-    weights left out.
+    """The most bytes that autograd keeps at one time while `function` runs, each storage counted
+    once, weights left out.
     """
-    weights, seen = {p.untyped_storage().data_ptr() for p in parameters}, {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    users = Counter()  # how often each storage is kept now, by its address
+    now = 0
+    most = 0
 
     def pack(tensor):
+        nonlocal now, most
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # kept alive, so that no address comes twice
-        return tensor
+        address = storage.data_ptr()
+        if address in weights:
+            return tensor
+        if not users[address]:
+            now += storage.nbytes()
+            most = max(most, now)
+        users[address] += 1
+        kept = Kept(tensor)
+        # The graph lets go of it in the backward pass.
+        weakref.finalize(kept, let_go, address, storage.nbytes())
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def let_go(address: int, size: int) -> None:
+        nonlocal now
+        users[address] -= 1
+        if not users[address]:
+            now -= size
+
+    def unpack(kept):
+        return kept.tensor if isinstance(kept, Kept) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         function()
-    return sum(size for size, _ in seen.values())
+    return most
+
+
+class Kept:
+    """A tensor that autograd keeps. As long as it lives, no other storage gets its address."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
 
 
 def in_place_product(_, a, b, **ignored) -> int:

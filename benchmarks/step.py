@@ -167,7 +167,14 @@ def make_samples(config: LlavaConfig, pairs: int, seed: int = 0) -> list[Sample]
     return [Sample(pixels[i], words(short[i]), words(long[i])) for i in range(pairs)]
 
 
-def build_ours(config: LlavaConfig, dtype: torch.dtype, lean: bool = True) -> Llava:
+def build_ours(config: LlavaConfig, dtype: torch.dtype) -> Llava:
+    """`build_plain` with the lean layers."""
+    model = build_plain(config, dtype)
+    fast.install(model)
+    return model
+
+
+def build_plain(config: LlavaConfig, dtype: torch.dtype) -> Llava:
     """Random weights, drawn on the device itself; LoRA that has learned something, soft prompts."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -185,8 +192,6 @@ def build_ours(config: LlavaConfig, dtype: torch.dtype, lean: bool = True) -> Ll
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     add_temperature(model, 0.07)
-    if lean:
-        fast.install(model)
     return model.train()
 
 
