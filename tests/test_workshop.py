@@ -38,7 +38,7 @@ MISTAKES = [
         "order",
     ),
     ("1.2", "features.flatten(0, 1)", "features.flip(0).flatten(0, 1)", "order"),
-    ("1.2", "input_ids == image_token_id", "input_ids != image_token_id", "hint"),
+    ("1.2", "input_ids == image_token_id", "input_ids != image_token_id", "is the mask right"),
     ("1.3", "masked_fill(future, -torch.inf)", "masked_fill(future, 0)", "future"),
     ("1.3", " / head_dim**0.5", "", "square root"),
     ("1.4", "hidden[0, -1]", "hidden[0, 0]", "LAST"),
