@@ -1,11 +1,11 @@
-"""VladVA on one page: a LLaVA, which can only write, learns to embed, and can still write.
+"""VladVA on one page: a LLaVA, trained to write, learns to embed better, and can still write.
 
     python -m toy.world             draws a small world of pictures (once, some seconds)
     python workshop/one_page.py     trains for about a minute, prints what became better
 
-Read from top to bottom, it tells the paper (arXiv 2412.04378), and imports nothing of ours:
+It tells the paper (arXiv 2412.04378) and imports nothing of ours. Begin with `losses`, then go up;
 docs/one-page.md leads from each block to where the project does the same at full strength.
-Axes: B pictures or texts, T tokens, N image tokens, D hidden, H heads, V vocabulary, R rank.
+Axes: B pictures or texts, T tokens, N image tokens, D hidden, H heads, V words, S side in pixels.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 TOY = Path(__file__).resolve().parents[1] / "toy"
-# Where a single word has to say it all, the state in front of it knows it all: our embedding.
+# Asked for one word, the model packs all it saw into its last state: that is our embedding.
 IMAGE_PROMPT = "\nSummarize the provided image in one word: ASSISTANT:"
 TEXT_PROMPT = "\nSummarize the provided text in one word: ASSISTANT:"
 DESCRIBE = "\nDescribe the image in detail. ASSISTANT:"
@@ -31,7 +31,7 @@ DESCRIBE = "\nDescribe the image in detail. ASSISTANT:"
 class Llava:  # what we start from: pictures become tokens, and a language model reads them
     def __init__(self, folder):
         self.frozen = load_file(folder / "model.safetensors")  # by name; none will ever change
-        self.learned = {}  # by name, what fine-tuning adds: nothing yet
+        self.learned = {}  # by name (a soft prompt: by its text), what fine-tuning adds
         self.config = json.loads((folder / "config.json").read_text())
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         self.vocabulary = tokenizer["model"]["vocab"]  # from a word to its id
@@ -47,7 +47,7 @@ class Llava:  # what we start from: pictures become tokens, and a language model
         return self.learned.get(text, table[self.encode(text)])
 
     def linear(self, x, name):
-        """W x + b; where there is LoRA, + B A x: a narrow path beside W, to learn for it."""
+        """W x + b; where there is LoRA, + B A x, a narrow path that learns (alpha = rank)."""
         y = F.linear(x, self.frozen[name + ".weight"], self.frozen.get(name + ".bias"))
         if name + ".A" in self.learned:
             y = y + x @ self.learned[name + ".A"].T @ self.learned[name + ".B"].T
@@ -60,11 +60,11 @@ class Llava:  # what we start from: pictures become tokens, and a language model
         return F.rms_norm(x, weight.shape, weight, self.config["text_config"]["rms_norm_eps"])
 
     def attention(self, x, name, out, config, turn=None):
-        """Patches see all patches. A word sees those before it, and by their turn how far off."""
+        """No turn: patches see all patches. With it: a token sees itself and those before it."""
         heads = config["num_attention_heads"]
         projected = [self.linear(x, f"{name}.{part}_proj") for part in "qkv"]
         q, k, v = [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projected]
-        if turn is not None:  # RoPE: the halves of a head are the parts of complex numbers
+        if turn is not None:  # RoPE: q and k turn with their position, as complex numbers
             q, k = [torch.complex(*each.chunk(2, dim=-1)) * turn for each in (q, k)]
             q, k = [torch.cat([each.real, each.imag], dim=-1) for each in (q, k)]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=turn is not None)  # (B, H, T, D / H)
@@ -106,13 +106,13 @@ class Llava:  # what we start from: pictures become tokens, and a language model
 
     def read_images(self, pixels, captions, prompt):
         """[image][prompt][caption] -> states (B, 1 + longest caption, D), from the prompt's end on.
-        The first is the embedding: it saw the image, but not the caption, which stands behind it.
-        Each one predicts the word that follows. So one pass serves both losses (figure 1)."""
+        State 0 is the embedding: it saw image and prompt, not the caption. And it predicts word 0
+        of the caption, as state i predicts word i. So one pass serves both losses (figure 1)."""
         rows = []
         for image, caption in zip(self.see(torch.stack(pixels)), captions):
             front = torch.cat([self.embed("<s> USER:"), image, self.embed(prompt)])
             rows.append(torch.cat([front, self.embed(caption)]))
-        return self.read(rows)[:, len(front) - 1 :]
+        return self.read(rows)[:, len(front) - 1 :]  # `front` is as long in every row
 
     def read_texts(self, captions):
         """[caption][prompt] -> the state at the end of each: embeddings (B, D), same model."""
@@ -122,7 +122,7 @@ class Llava:  # what we start from: pictures become tokens, and a language model
 
 
 def add_adapters(model, rank=16):
-    """All that will learn. B is 0, soft prompts are words yet: the model is still what it was."""
+    """All that will learn. B is 0, soft prompts begin as words: the model is still what it was."""
     for name, weight in model.frozen.items():
         if re.search(r"language_model.*_proj\.weight", name):
             model.learned[name.replace("weight", "A")] = 0.05 * torch.randn(rank, weight.shape[1])
@@ -135,7 +135,7 @@ def add_adapters(model, rank=16):
 
 
 def losses(model, pixels, short, long):
-    """The method. Short captions are told apart, long ones are written, all in one batch."""
+    """The method. Short captions are told apart (with long ones it is too easy), long written."""
     states = model.read_images(pixels, long, IMAGE_PROMPT)
     # Contrastive, equation 1: each image finds its text among all of the batch, and the reverse.
     images = F.normalize(states[:, 0], dim=-1)
@@ -146,7 +146,7 @@ def losses(model, pixels, short, long):
     # Autoregressive, equation 2: each word of the caption, given the image and the words before.
     words = pad_sequence(list(map(model.encode, long)), batch_first=True, padding_value=-100)
     logits = model.linear(states[:, :-1], "language_model.lm_head")  # (B, T, V)
-    return contrastive, F.cross_entropy(logits.transpose(1, 2), words)  # -100 is no word
+    return contrastive, F.cross_entropy(logits.transpose(1, 2), words)  # -100: padding
 
 
 def read_record(folder, record, draw=0):
@@ -168,7 +168,7 @@ def measure(model, pixels, captions):
     found, named = [(similarity.argmax(dim) == own).float().mean() for dim in (0, 1)]
     text = ""
     while not text.endswith("</s>") and len(text) < 500:
-        states = model.read_images(pixels[:1], [text], DESCRIBE)
+        states = model.read_images(pixels[:1], [text], DESCRIBE)  # never trained on
         logits = model.linear(states[0, -1], "language_model.lm_head")
         text += " " + list(model.vocabulary)[logits.argmax()]
     return f"text to image {found:.1%}, image to text {named:.1%}\n      {text}"

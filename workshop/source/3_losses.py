@@ -135,8 +135,9 @@ print(f"random embeddings, B = 64: {noise:.2f}; chance is log B = {torch.tensor(
 #
 # The gradient of the loss at $s_{ij}$ is $(p_{ij} + q_{ij} - 2\,[i = j]) / 2B$, where p is the
 # softmax over rows and q over columns. So a wrong pair gets a push in proportion to the probability
-# the model gives it. Easy negatives get none. **Hard** negatives get it all. The toy world makes
-# hard ones: a scene and its *twin*, in which two objects have exchanged color, size or place.
+# the model gives it. Easy negatives get none. **Hard** negatives get it all. The hardest that the
+# toy world has: a scene and its *twin*, in which two objects have exchanged color, size or place.
+# Here we put some into one batch by hand.
 
 # %%
 # Twins share a "group".
@@ -151,9 +152,10 @@ draw.matrices(("p: which text each picture picks", weights), numbers=True)
 
 # %% [markdown]
 # Pictures 0 and 1 are twins, and so are 4 and 5 (in the matrices above they were the 2 x 2 blocks
-# on the diagonal). Whatever probability is lost is lost to the twin's text. With
-# `--groups`, `train.py` keeps twins in the same batch. The paper's batches are random, and so are
-# the default's; with 16 themes of few colors and shapes, some of their pictures are as hard.
+# on the diagonal). Most of what they lose is lost to the twin's text; the base hardly tells twins
+# apart, so 0.5 against 0.5 is no surprise. The paper's batches are random, and so are the default's
+# (`--groups` keeps twins together). With 16 themes of few colors and shapes, a random batch has
+# some pictures that are as hard.
 #
 # ## The autoregressive loss
 #

@@ -150,7 +150,8 @@ checks.exercise_6_1(siglip_loss)
 # 1. its **weight**, a field of the settings. `TrainConfig` stays as it is: a class that inherits
 #    from it has one field more;
 # 2. its **parameter**, which must be the model's own, as the temperature is
-#    (`lora.add_temperature`): then it is optimised, logged, saved and resumed;
+#    (`lora.add_temperature`): then it is optimised, logged, saved and resumed. The temperature is
+#    held as `model.log_scale`, the logarithm of 1 / temperature;
 # 3. the **function**.
 #
 # `changes.siglip_loss` is the finished loss of exercise 6.1; take it or yours.
