@@ -4,6 +4,7 @@ transformers reads.
 
 import json
 import random
+import re
 from functools import partial
 from pathlib import Path
 
@@ -161,6 +162,31 @@ def test_splits_share_no_set_of_pairs_and_twins_share_the_words():
             sorted(word for thing in s.objects if thing for word in thing) for s in (scene, twin)
         ]
         assert words[0] == words[1]
+
+
+def test_scenes_of_a_theme_share_their_words():
+    rng = random.Random(6)
+    themes = {str(theme): theme for theme in (world.sample_theme(rng) for _ in range(1000))}
+    assert len(themes) == world.THEMES
+    for theme in themes.values():
+        assert len(set(theme.colors)) == len(set(theme.shapes)) == 4
+        for _ in range(20):
+            things = [
+                thing for thing in world.sample_scene(rng, "val", theme=theme).objects if thing
+            ]
+            assert {thing.color for thing in things} <= set(theme.colors)
+            assert {thing.shape for thing in things} <= set(theme.shapes)
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "val.jsonl", "test.jsonl"])
+def test_every_scene_of_the_files_has_a_theme(folder, file):
+    rng = random.Random(7)
+    themes = [world.sample_theme(rng) for _ in range(1000)]
+    words = [set(theme.colors + theme.shapes) for theme in themes]
+    for record in read_lines(folder / file):
+        said = set(re.findall("[a-z]+", " ".join(record["long"])))
+        said &= {*world.COLORS, *world.SHAPES}
+        assert any(said <= each for each in words), record
 
 
 def test_scores_of_captions_written_by_hand():

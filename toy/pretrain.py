@@ -60,8 +60,8 @@ OTHER_WORDS = """user: assistant: summarize the provided image text in one word 
 briefly ? , an a is are there of picture shows with and on background objects object what color
 size shape where how many nothing unknown yes no left right top bottom above below"""
 
-# The paper's base is no finished one. Here the rate falls as if 1,600 steps were to come; at 1,600
-# nothing is left to learn.
+# The paper's base is no finished one. Here the rate falls as if 1,600 steps were to come, after
+# which little would be left to learn.
 STEPS = 1000
 SCHEDULE = 1600
 SCENES_A_STEP = 16

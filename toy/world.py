@@ -118,6 +118,7 @@ ATTRIBUTES = {
     "shape": list(SHAPES),
 }  # the fields of a Thing
 OPENINGS = ["", "there is ", "a picture of ", "the picture shows "]
+# So many that a random batch of 128 has about eight scenes of each.
 THEMES = 16
 
 
@@ -210,7 +211,7 @@ class Theme(NamedTuple):
 
 
 def sample_theme(rng: random.Random) -> Theme:
-    """One of THEMES, each of four colors and four shapes."""
+    """One of THEMES, each of four colors and four shapes: the same in every world and split."""
     theme = random.Random(f"theme {rng.randrange(THEMES)}")
     return Theme(theme.sample(list(COLORS), 4), theme.sample(list(SHAPES), 4))
 
