@@ -79,7 +79,7 @@ MISTAKES = [
     ),
     ("5.3", "d.std()", "d.std(correction=0)", "n - 1"),
     ("5.4", "ids[places + 1]", "ids[places]", "real collate"),
-    ("5.4", "labels[places[-1]] != layout.stop_id", "False", "stop"),
+    ("5.4", "labels[places[-1]] == layout.stop_id", "True", "stop"),
     ("6.1", "2 * torch.eye(len(images)) - 1", "torch.eye(len(images))", "sign 0"),
     ("6.1", "2 * torch.eye(len(images)) - 1", "torch.ones(len(images), len(images))", "count as"),
     ("6.1", "2 * torch.eye(len(images)) - 1", "1 - 2 * torch.eye(len(images))", "turned round"),

@@ -130,14 +130,16 @@ draw.bars(
 def summary_states(hidden, lengths):
     """hidden (B, T, D), lengths (B,): real tokens of each row -> (B, D)."""
     rows = torch.arange(len(hidden))
-    return hidden[rows, ...]  # which position of each row?
+    positions = ...  # (B,), of each row's summary
+    return hidden[rows, positions]
 
 
 # %% solution 2.1
 def summary_states(hidden, lengths):
     """hidden (B, T, D), lengths (B,): real tokens of each row -> (B, D)."""
     rows = torch.arange(len(hidden))
-    return hidden[rows, lengths - 1]
+    positions = lengths - 1
+    return hidden[rows, positions]
 
 
 # %% check 2.1
@@ -148,7 +150,8 @@ checks.exercise_2_1(summary_states)
 #
 # Three steps: lay out each text with its prompt (`layout.text_side(text)` gives the ids), run the
 # padded batch through the model, take the summary states and bring them to unit length: $e = h /
-# \lVert h \rVert$, so that a dot product is a cosine.
+# \lVert h \rVert$, so that a dot product is a cosine. The model takes the ids alone, without a
+# mask: what pads a row stands behind its tokens, and no token sees what is behind it.
 
 
 # %% exercise 2.2

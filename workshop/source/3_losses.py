@@ -160,7 +160,9 @@ draw.matrices(("p: which text each picture picks", weights), numbers=True)
 # ## The autoregressive loss
 #
 # Nothing new: predict the next token of the long caption, given the picture, the prompt, and the
-# caption so far.
+# caption so far. The prompt is the one that asks for *one word*, and a long caption is no good
+# answer to it. It stands there all the same, for then one sequence serves both losses (below), and
+# the model learns it quickly: the prompt's tokens are learned, too (notebook 4).
 #
 # $$ L_{AR} = -\frac{1}{\text{tokens}} \sum_t
 # \log p(u_{t+1} \mid \text{picture}, \text{prompt}, u_{\le t}) $$
@@ -385,11 +387,15 @@ title = f"retrieval of {len(items)} test pictures by short captions"
 draw.grouped_bars(["text to image R@1", "image to text R@1"], recalls, title=title)
 
 # %% [markdown]
-# The loss of the long captions falls much lower. And the search by text? Forty steps are few; these
-# are the full runs (`python -m toy.ablation`, three seeds, on the big world):
+# The loss of the long captions falls much lower. And the search by text? Forty steps are few, and a
+# point or two is noise; these are the full runs (`python -m toy.ablation`, three seeds, on the big
+# world):
 
 # %%
 committed = json.loads((ROOT / "toy" / "ablation.json").read_text())
+runs = list(committed["no training"].values())
+recall = sum(run["columns"]["T2I@1"] for run in runs) / len(runs)
+print(f"untrained: text to image R@1 {recall:.1f} %")
 for name, row in [("short captions", "both"), ("long captions", "long captions contrasted")]:
     runs = list(committed[row].values())
     loss = sum(run["contrastive"][-1] for run in runs) / len(runs)
@@ -397,9 +403,11 @@ for name, row in [("short captions", "both"), ("long captions", "long captions c
     print(f"{name:14}  last contrastive loss {loss:.2f}, then text to image R@1 {recall:.1f} %")
 
 # %% [markdown]
-# The lower loss belongs to the **worse** search. Why? A long caption differs from every other in
-# many words at once. A few of them are enough to find the partner, so the task is soon solved, and
-# then nothing is left to learn from. The number for that is easy to compute.
+# The lower loss belongs to the **worse** search. What has collapsed is the loss, and with it what
+# there is to learn; so the search gains little over the untrained model. Why? A long caption
+# differs from every other in many words at once. A few of them are enough to find the partner, so
+# the task is soon solved, and then nothing is left to learn from. The number for that is easy to
+# compute.
 #
 # ### Exercise 3.4: what is left to learn (5 minutes)
 #

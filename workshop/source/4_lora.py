@@ -232,7 +232,7 @@ print(f"3. merged: {len(lora.adapters(model))} adapters left, largest difference
 #
 # There is no $dW$: W is frozen. That is already half of the saving in work.
 #
-# ### Exercise 4.4: the backward pass (7 minutes)
+# ### Exercise 4.4: the backward pass (4 minutes)
 
 
 # %% exercise 4.4

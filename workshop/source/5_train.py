@@ -386,8 +386,8 @@ for name, function in [("summary", encode_text), ("last position", encode_text_w
 # ### Exercise 5.4: write the test (7 minutes)
 #
 # `is_right` gets a collate function: the real one, or one of four with a bug that someone really
-# has written. It must return True for the real one and False for all others. The first check is
-# done.
+# has written. It must return True for the real one and False for all others. One check is there;
+# three are missing.
 
 
 # %% exercise 5.4
@@ -397,11 +397,15 @@ def is_right(collate, layout, samples):
         start = layout.image_summary
         if not (chunk.summary == start).all():  # the embedding is read at the end of the prompt
             return False
-        # 1. Before `start`, every label must be IGNORE.
+        prompt_is_ignored = ...  # 1. before `start`, every label of `chunk.labels` is IGNORE
+        if not prompt_is_ignored:
+            return False
         for ids, labels in zip(chunk.input_ids, chunk.labels):  # one sequence: (T,), (T,)
             places = (labels != IGNORE).nonzero()[:, 0]  # positions that are trained, in order
-            # 2. At these places, labels must be the ids that follow: ids[places + 1].
-            # 3. The last of these labels must be layout.stop_id, so that captions learn to end.
+            says_what_follows = ...  # 2. there, the labels are the ids one place further
+            learns_to_stop = ...  # 3. the last of these labels is layout.stop_id
+            if not (says_what_follows and learns_to_stop):
+                return False
     return True
 
 
@@ -412,13 +416,14 @@ def is_right(collate, layout, samples):
         start = layout.image_summary
         if not (chunk.summary == start).all():  # the embedding is read at the end of the prompt
             return False
-        if not (chunk.labels[:, :start] == IGNORE).all():
+        prompt_is_ignored = (chunk.labels[:, :start] == IGNORE).all()
+        if not prompt_is_ignored:
             return False
         for ids, labels in zip(chunk.input_ids, chunk.labels):  # one sequence: (T,), (T,)
             places = (labels != IGNORE).nonzero()[:, 0]  # positions that are trained, in order
-            if not torch.equal(labels[places], ids[places + 1]):
-                return False
-            if labels[places[-1]] != layout.stop_id:
+            says_what_follows = torch.equal(labels[places], ids[places + 1])
+            learns_to_stop = labels[places[-1]] == layout.stop_id
+            if not (says_what_follows and learns_to_stop):
                 return False
     return True
 

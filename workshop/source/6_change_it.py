@@ -509,8 +509,8 @@ patients = broken.patients(MODEL)
 print(*broken.FAULTS, sep="\n")
 
 # %% [markdown]
-# Somebody trained them. Here are ten steps of each, on a dozen of new pictures a step, and ten of a
-# healthy one. Which one is ill?
+# None is trained yet. Here are ten steps of each, on a dozen new pictures a step, and ten of a
+# healthy one. Which one is ill, and with what?
 
 # %%
 curves = {name: {} for name in ("contrastive", "autoregressive")}
@@ -525,9 +525,10 @@ draw.curves(*((f"{loss} loss", lines) for loss, lines in curves.items()), log=Tr
 
 # %% [markdown]
 # The autoregressive loss falls in all of them, the contrastive one goes up and down with the
-# batches, and no line says "error". One begins higher than the others; would you have known without
-# the healthy one beside it? The rest look alike. **Curves do not tell.** A test does, if it asks
-# the right question: *what must be true of a healthy one, and false of this fault?*
+# batches, and no line says "error". Some begin higher than the healthy one; would you have known
+# without it beside them? And one lies so near to it that it hides it. **Curves do not tell.** A
+# test does, if it asks the right question: *what must be true of a healthy one, and false of this
+# fault?*
 #
 # What a `System` can do:
 #
@@ -687,13 +688,14 @@ for part in (
 # %% exercise 6.8
 def pool(hidden, lengths):
     """hidden (b, T, D) of texts, padded on the right, lengths (b,) -> (b, D)."""
-    return hidden[torch.arange(len(hidden)), ...]
+    positions = ...  # (b,)
+    return hidden[torch.arange(len(hidden)), positions]
 
 
 def labels(ids, places):
     """ids (T,), places: a tensor of those positions that are trained -> labels (T,)."""
     wanted = torch.full_like(ids, IGNORE)
-    wanted[places] = ids[...]
+    wanted[places] = ...
     return wanted
 
 
