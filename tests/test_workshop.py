@@ -71,6 +71,13 @@ MISTAKES = [
     ("4.5", "(ids - V).clamp(min=0)", "ids.clamp(max=2)", "row i"),
     ("5.1", "    optimizer.zero_grad()\n", "", "left over"),
     ("5.1", "    torch.nn.utils.clip_grad_norm_(parameters, 1.0)\n", "", "clip"),
+    ("5.1", "clip_grad_norm_(parameters, 1.0)", "clip_grad_norm_(parameters, 100.0)", "to 1.0"),
+    (
+        "5.1",
+        "    torch.nn.utils.clip_grad_norm_(parameters, 1.0)\n    optimizer.step()\n",
+        "    optimizer.step()\n    torch.nn.utils.clip_grad_norm_(parameters, 1.0)\n",
+        "BEFORE",
+    ),
     (
         "5.2",
         "dict(soft_prompts=False, autoregressive_weight=0.0)",
@@ -80,6 +87,7 @@ MISTAKES = [
     ("5.3", "d.std()", "d.std(correction=0)", "n - 1"),
     ("5.4", "ids[places + 1]", "ids[places]", "real collate"),
     ("5.4", "labels[places[-1]] == layout.stop_id", "True", "stop"),
+    ("5.4", "places[0] == start", "True", "first word"),
     ("6.1", "2 * torch.eye(len(images)) - 1", "torch.eye(len(images))", "sign 0"),
     ("6.1", "2 * torch.eye(len(images)) - 1", "torch.ones(len(images), len(images))", "count as"),
     ("6.1", "2 * torch.eye(len(images)) - 1", "1 - 2 * torch.eye(len(images))", "turned round"),

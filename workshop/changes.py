@@ -20,10 +20,11 @@ from train import TrainConfig
 
 @dataclass
 class ChangedConfig(TrainConfig):
-    """TrainConfig, and the weights of two more losses; 0 leaves one out."""
+    """TrainConfig, and the weights of three more losses; 0 leaves one out."""
 
     siglip_weight: float = 0.0
     gap_weight: float = 0.0
+    mine_weight: float = 0.0  # of exercise 6.3's
 
 
 def siglip_loss(image_embeddings, text_embeddings, scale, bias):

@@ -504,9 +504,12 @@ def exercise_5_1(step, make):
     clipped = []
     original = torch.nn.utils.clip_grad_norm_
 
-    def listen(*arguments, **named):
+    def listen(parameters, max_norm, *arguments, **named):
+        has_moved = any(not torch.equal(old, new) for old, new in zip(before, trained))
+        need(not has_moved, "clip BEFORE optimizer.step(): afterwards it changes nothing")
+        need(max_norm == 1.0, f"the norm is to be clipped to 1.0, not to {max_norm}")
         clipped.append(True)
-        return original(*arguments, **named)
+        return original(parameters, max_norm, *arguments, **named)
 
     with replaced(torch.nn.utils, "clip_grad_norm_", listen):
         step(optimizer, parameters, losses, 0.5)
@@ -574,7 +577,7 @@ def exercise_5_3(paired_difference):
 
 
 @exercise(
-    "5.4", "your test passes what is right and catches all four bugs. It belongs into tests/."
+    "5.4", "your test passes what is right and catches all five bugs. It belongs into tests/."
 )
 def exercise_5_4(is_right, layout, samples):
     from data import collate
@@ -621,6 +624,10 @@ def summary_at_the_end(chunk, layout):
     chunk.summary = torch.full_like(chunk.summary, last)
 
 
+def forgets_the_first_word(chunk, layout):
+    chunk.labels[:, layout.image_summary] = -100
+
+
 def forgets_stop(chunk, layout):
     chunk.labels[chunk.labels == layout.stop_id] = -100
 
@@ -637,6 +644,10 @@ BUGS = {
     "the summary is behind the caption": (
         summary_at_the_end,
         "chunk.summary must be layout.image_summary",
+    ),
+    "the first word is not learned": (
+        forgets_the_first_word,
+        "the summary position itself predicts the caption's first word",
     ),
     "the stop token is not learned": (
         forgets_stop,

@@ -236,16 +236,17 @@ def bars(*groups: tuple[str, list[str], list[float]], xlabel: str = "", colors=C
 
 
 def matrices(
-    *parts: tuple[str, np.ndarray], rows=(), columns=(), numbers: bool = False, **limits
+    *parts: tuple[str, np.ndarray], rows=(), columns=(), numbers: int = 0, **limits
 ) -> None:
-    """Heat maps beside each other: (title, matrix). `numbers` writes each one into its cell."""
+    """Heat maps beside each other: (title, matrix). `numbers` writes each value into its cell, with
+    so many decimals."""
     width = min(13, 4.3 * len(parts) + 0.5)
     figure, axes = side_by_side(len(parts), width, 3.6)
     for axis, (title, matrix) in zip(axes, parts):
         matrix = np.asarray(matrix)
         image = axis.imshow(matrix, cmap="viridis", **limits)
         if numbers:
-            write_numbers(axis, matrix)
+            write_numbers(axis, matrix, numbers)
         if rows:
             axis.set_yticks(range(len(rows)), [wrapped(text, 34) for text in rows], fontsize=7)
         if columns:
@@ -255,11 +256,11 @@ def matrices(
     plt.show()
 
 
-def write_numbers(axis, matrix: np.ndarray) -> None:
+def write_numbers(axis, matrix: np.ndarray, decimals: int) -> None:
     middle = (np.nanmin(matrix) + np.nanmax(matrix)) / 2
     for (row, column), value in np.ndenumerate(matrix):
         color = "white" if value < middle else "black"  # low values are drawn dark
-        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+        axis.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", color=color)
 
 
 def curves(

@@ -186,8 +186,8 @@ if __name__ == "__main__":
     pixels, short, _ = zip(*[read_record(args.data, record) for record in test[:500]])
     print("before", measure(model, pixels, short))
     add_adapters(model)
-    optimizer = torch.optim.AdamW(model.learned.values(), weight_decay=0.0)  # as in the paper
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.learned.values(), lr=2e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)  # as in the paper
     for step in range(args.steps):
         batch = [read_record(args.data, train[i], step) for i in torch.randperm(len(train))[:48]]
         contrastive, autoregressive = losses(model, *zip(*batch))

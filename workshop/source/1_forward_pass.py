@@ -5,8 +5,9 @@
 # machine and stops at every box. At the end you know every tensor on the way, and you have changed
 # the real code and seen what breaks. It begins with the whole paper on one page.
 #
-# You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 35 minutes, four
-# exercises.
+# You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 35 minutes in a
+# room, 50 with everything; four exercises. What is marked *at home* is left out when a room has
+# three hours for notebooks 1 to 5; nothing later needs it.
 #
 # How to work: run the cells in order with Shift+Enter. An exercise is a cell with a blank, `...`.
 # The cell below it checks your answer and gives a hint. Replace the `...`; you may add lines.
@@ -75,11 +76,11 @@ draw.pictures(pictures, [captions[0] for _, captions in items[:12]])
 # The paper is VladVA, "Discriminative Fine-tuning of LVLMs" (CVPR 2025, arXiv 2412.04378).
 # [`workshop/one_page.py`](one_page.py) is all of it in 200 lines: LLaVA, what is added to it, both
 # losses, training, retrieval and a caption before and after. It imports nothing of this project,
-# and a test holds it to the same losses and gradients. Today read only `losses` and `read_images`
-# in it, five minutes; the rest comes piece by piece. This is what it prints, after 100 steps, which
-# take a minute or two. (Its captions end in sentences about how things lie to each other. Most of
-# those are false, before training and after it: this base was stopped early, and has places and
-# colors mostly right, relations not.)
+# and a test holds it to the same losses and gradients. At home, read `losses` and `read_images` in
+# it; you will not understand all of it yet, it comes piece by piece in the notebooks. This is what
+# it prints, after 100 steps, which take a minute or two. (Its captions end in sentences about how
+# things lie to each other. Most of those are false, before training and after it: this base was
+# stopped early, and has places and colors mostly right, relations not.)
 
 # %%
 print((ROOT / "docs" / "one-page.txt").read_text())
@@ -170,7 +171,7 @@ draw.patch_grid(image, P)
 print(inspect.getsource(llava_code.VisionEmbeddings.forward))
 
 # %% [markdown]
-# ### Exercise 1.1: the patch embedding without a convolution (4 minutes)
+# ### Exercise 1.1: the patch embedding without a convolution (4 minutes, at home)
 #
 # A patch is $3 \cdot P \cdot P$ numbers. Its embedding is $W \cdot \text{patch}$: one matrix for
 # all patches. Cutting is done for you. Flatten the patches and multiply.
@@ -207,9 +208,9 @@ checks.exercise_1_1(patch_embedding)
 # ## The vision tower and the projector
 #
 # CLIP puts a class token in front of the patches, so there is one state more than patches. LLaVA
-# does not want it, and it does not read the last layer either: it takes an earlier one
-# (`vision_feature_layer`), whose states are still about their own place. Then two linear layers
-# bring each patch to the width of the language model.
+# does not want it. The real one does not read the last layer either: it takes the last but one
+# (`vision_feature_layer`), whose states are still about their own place; the toy has few layers and
+# takes its last. Then two linear layers bring each patch to the width of the language model.
 
 # %%
 features = model.vision_tower(pixel_values)
@@ -318,14 +319,19 @@ checks.exercise_1_3(attention_weights)
 # %% [markdown]
 # The real module does the same, with one call of PyTorch for all of it. `rotate` tells q and k
 # where they stand (more of it below), and `cache` is for generation. Around it stands the decoder
-# layer: attention, then two linear layers and a gate, both added to what came in.
+# layer: attention, then three linear layers, one of which is a gate, each part added to what came
+# in. (Look at the lines from `q` to `k`, and at the call; `cache`, `mask` and `is_grouped` are for
+# writing and for other models.)
 
 # %%
 print(inspect.getsource(llava_code.Attention.forward))
 print(inspect.getsource(llava_code.DecoderLayer.forward))
 
 # %% [markdown]
-# PyTorch's fused attention never shows its weights. A trick: attention returns *weights times
+# ### Where does it look? (at home)
+#
+# You need not read the next cell, only its figure. PyTorch's fused attention never shows its
+# weights. A trick: attention returns *weights times
 # values*, so if the values are the identity matrix, it returns the weights. We put a listener in
 # place of the function that every layer of the real model calls (`checks.replaced(owner, name,
 # value)` does that inside of its `with`, and puts the old one back), and see what the last token of
@@ -458,9 +464,9 @@ with checks.replaced(model, "image_features", swapped):
 draw.pictures(pictures[:2], said, columns=2, width=48, side=2.6)
 
 # %% [markdown]
-# **Take away positions.** `rotary_embedding` tells attention where a token stands: it turns each
-# pair of numbers in q and k by an angle that grows with the position. Angle 0 everywhere means: no
-# order. Guess first: does the model still know the objects? Can it still count, and stop?
+# **Take away positions** (at home). `rotary_embedding` tells attention where a token stands: it
+# turns each pair of numbers in q and k by an angle that grows with the position. Angle 0 everywhere
+# means: no order. Guess first: does the model still know the objects? Can it still count, and stop?
 
 
 # %%
@@ -511,7 +517,7 @@ print("(rounding: the sums have another length)")
 # * A picture becomes N vectors that take the places of N tokens. From there on there are only
 #   tokens.
 # * The hidden state at a token has seen this token and everything before it, nothing behind it.
-# * The head turns a hidden state into a bet on the next word. In notebook 2 we leave the head away,
+# * The head turns a hidden state into a bet on the next word. In notebook 2 we drop the head,
 #   and keep the hidden state as an **embedding**.
 #
 # If there is time: `print(inspect.getsource(llava_code.KVCache))`, and find the line that lets rows

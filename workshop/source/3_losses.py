@@ -6,8 +6,9 @@
 # notebook builds both, shows why the contrastive one must not see long captions, and how one
 # forward pass serves both.
 #
-# You need: an embedding is the hidden state at the summary position (notebook 2). About 35 minutes,
-# four exercises. Nothing later depends on your answers; solutions are in `workshop/solutions/`.
+# You need: an embedding is the hidden state at the summary position (notebook 2). About 35 minutes
+# in a room, 45 with what is marked *at home*; four exercises. Nothing later depends on your
+# answers; solutions are in `workshop/solutions/`.
 #
 # Axes: **B** pairs in a batch, **T** tokens, **D** hidden size, **V** vocabulary.
 
@@ -148,14 +149,14 @@ short = [dataset.record(index)["short"][0] for index in chosen]
 draw.pictures(pictures, short)
 similarity = encode_image(embedder, pictures) @ encode_text(embedder, short).T / 0.07
 weights = similarity.softmax(1)  # (6, 6)
-draw.matrices(("p: which text each picture picks", weights), numbers=True)
+draw.matrices(("p: which text each picture picks", weights), numbers=2)
 
 # %% [markdown]
-# Pictures 0 and 1 are twins, and so are 4 and 5 (in the matrices above they were the 2 x 2 blocks
-# on the diagonal). Most of what they lose is lost to the twin's text; the base hardly tells twins
-# apart, so 0.5 against 0.5 is no surprise. The paper's batches are random, and so are the default's
-# (`--groups` keeps twins together). With 16 themes of few colors and shapes, a random batch has
-# some pictures that are as hard.
+# Pictures 0 and 1 are twins, and so are 4 and 5. (In the first matrices of this notebook they are
+# rows 2 and 3, and 6 and 7.) Most of what they lose is lost to the twin's
+# text; the base hardly tells twins apart, so 0.5 against 0.5 is no surprise. The paper's batches
+# are random, and so are the default's (`--groups` keeps twins together). With 16 themes of few
+# colors and shapes, a random batch has some pictures that are as hard.
 #
 # ## The autoregressive loss
 #
@@ -249,7 +250,7 @@ draw.flow(
 )
 
 # %% [markdown]
-# ### Exercise 3.3: both from one pass (6 minutes)
+# ### Exercise 3.3: both from one pass (6 minutes, at home)
 #
 # A `Chunk` of `data.py` holds `input_ids` (b, T), `pixel_values`, `summary` (b,) and `labels` (b,
 # T). `losses.cross_entropy(hidden, head, labels, num_tokens)` is the autoregressive loss; the
@@ -363,7 +364,7 @@ test_pictures = [open_image(path) for path, _ in items]
 test_texts = [text for _, captions in items for text in captions]
 image_of_text = torch.arange(len(items)).repeat_interleave(2)
 recalls = {}
-trained = {"untrained": embedder, "trained on short": on_short, "trained on long": on_long}
+trained = {"before": embedder, "trained on short": on_short, "trained on long": on_long}
 for name, each in trained.items():
     scores = encode_text(each, test_texts) @ encode_image(each, test_pictures).T  # (texts, images)
     table = recall_at_k(scores, image_of_text)
@@ -395,7 +396,7 @@ draw.grouped_bars(["text to image R@1", "image to text R@1"], recalls, title=tit
 committed = json.loads((ROOT / "toy" / "ablation.json").read_text())
 runs = list(committed["no training"].values())
 recall = sum(run["columns"]["T2I@1"] for run in runs) / len(runs)
-print(f"untrained: text to image R@1 {recall:.1f} %")
+print(f"before fine-tuning: text to image R@1 {recall:.1f} %")
 for name, row in [("short captions", "both"), ("long captions", "long captions contrasted")]:
     runs = list(committed[row].values())
     loss = sum(run["contrastive"][-1] for run in runs) / len(runs)
@@ -404,10 +405,10 @@ for name, row in [("short captions", "both"), ("long captions", "long captions c
 
 # %% [markdown]
 # The lower loss belongs to the **worse** search. What has collapsed is the loss, and with it what
-# there is to learn; so the search gains little over the untrained model. Why? A long caption
-# differs from every other in many words at once. A few of them are enough to find the partner, so
-# the task is soon solved, and then nothing is left to learn from. The number for that is easy to
-# compute.
+# there is to learn; so the search gains little over the model before fine-tuning. Why? A long
+# caption differs from every other in many words at once. A few of them are enough to find the
+# partner, so the task is soon solved, and then nothing is left to learn from. The number for that
+# is easy to compute.
 #
 # ### Exercise 3.4: what is left to learn (5 minutes)
 #
@@ -459,13 +460,15 @@ title = f"probability on wrong pairs, among {len(held_out)} scenes, at the run's
 draw.grouped_bars(["before training", "after it"], left, title=title)
 
 # %% [markdown]
+# How much has either task left, once it is trained? That is all that its gradient can still use.
+#
 # ## What to take home
 #
 # * Contrastive: cosine over temperature, cross-entropy both ways. The gradient lives on hard
 #   negatives.
 # * Autoregressive: next token, from the summary position on, on long captions only.
 # * Causal attention lets one pass serve both, exactly.
-# * Too easy a task teaches nothing. Short captions leave something to learn; long ones do not, and
+# * Too easy a task teaches little. Short captions leave something to learn; long ones do not, and
 #   they are not what people type into a search box.
 #
 # If there is time: change 40 to 80 steps for the long captions. Does the search recover?

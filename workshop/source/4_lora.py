@@ -6,7 +6,8 @@
 # of the language model, and **soft prompts** in place of the two hand-written questions. You write
 # both, first in ten lines, then as the code computes them.
 #
-# You need: matrix products, `nn.Linear`, what a gradient is. About 35 minutes, five exercises.
+# You need: matrix products, `nn.Linear`, what a gradient is. About 30 minutes in a room, 45 with
+# what is marked *at home*; five exercises.
 # Nothing later depends on your answers; solutions are in `workshop/solutions/`.
 #
 # Axes: **N** rows (all tokens of a batch), **D** hidden size, **R** rank, **V** vocabulary, **T**
@@ -137,7 +138,7 @@ checks.exercise_4_1(TenLineLoRA)
 print(inspect.getsource(lora.LoRALinear))
 
 # %% [markdown]
-# ### Exercise 4.2: how many parameters? (4 minutes)
+# ### Exercise 4.2: how many parameters? (4 minutes, at home)
 #
 # A is (R, in) and B is (out, R). Count them for a list of layers.
 
@@ -187,8 +188,8 @@ with torch.no_grad():
         disabled = model(ids, pixels)
 print("hidden (B, T, D):", tuple(changed.shape))
 print(f"largest change by the adapters: {(changed - fresh).abs().max():.3f}")
-print("1. fresh adapters change nothing, and 2. disabled ones neither, to the last bit:")
-print(torch.equal(fresh, disabled))
+print("fresh adapters (1) and disabled ones (2) give the same to the last bit:")
+print(torch.equal(fresh, disabled), "- B = 0 adds nothing, and the base was never touched")
 
 # %% [markdown]
 # ### Exercise 4.3: fold it into the weight (3 minutes)
@@ -220,19 +221,19 @@ difference = (merged - changed).abs().max()
 print(f"3. merged: {len(lora.adapters(model))} adapters left, largest difference {difference:.1e}")
 
 # %% [markdown]
-# ## The lean one
+# ## The lean one (at home)
 #
 # Autograd would do the backward pass for us. Yet by hand it needs less memory: we know which
 # tensors are needed, and which can be made again. With rows instead of columns as in the code, and
 # $p = x A^\top$, the layer is $y = x W^\top + s\,p\,B^\top$, where $s$ is the scale. With $dy$ the
 # gradient that arrives:
 #
-# $$ dp = s \, dy \, B, \qquad dA = dp^\top x, \qquad dB = s \, dy^\top p, \qquad
-# dx = dy \, W + dp \, A $$
+# $$ dp = s \, dy \, B, \qquad dA = dp^\top x, \qquad dx = dy \, W + dp \, A $$
 #
-# There is no $dW$: W is frozen. That is already half of the saving in work.
+# $dB$ is yours: it is made of $dy$ and $p$ as $dA$ is made of $dp$ and $x$. There is no $dW$, for W
+# is frozen; autograd knows that, too.
 #
-# ### Exercise 4.4: the backward pass (4 minutes)
+# ### Exercise 4.4: the backward pass (4 minutes, at home)
 
 
 # %% exercise 4.4
@@ -265,7 +266,8 @@ checks.exercise_4_4(lora_backward)
 # its place (`fast.install`, in `fast/lean.py`), with the same numbers. It does what you wrote for
 # several layers with the same input at once (q, k and v read the same x; so do gate and up), so
 # that p is one product. And it does not keep x: the norm in front can make it again from what is
-# kept anyway. Compare the lines with yours:
+# kept anyway. Compare the lines of `dBs`, `dp`, `dA` and `dx` with yours; the others bring tensors
+# into shape.
 
 # %%
 print(inspect.getsource(LeanLoRA.backward))
@@ -397,7 +399,7 @@ train(prompted, config, dataset, out)
 print(f"text to image R@1: {before:.1f} -> {t2i(prompted):.1f} %")
 
 # %% [markdown]
-# A step in the right direction at most: with so few captions, a point or two up or down is noise.
+# At best a small step in the right direction: with so few captions, a point or two is noise.
 # What the full runs gained on the big world (three seeds, `toy/ablation.md`):
 
 # %%
@@ -432,11 +434,12 @@ draw.bars(
     ("was → nearest word now; how far it moved", labels, moved.tolist()),
     ("cosine with the word that it was", labels, own.tolist()),
 )
+still = (cosine.argmax(-1) == torch.tensor(layout.image_prompt)).sum().item()
+print(f"{still} of {len(start)} are still nearest to the word that they were")
 
 # %% [markdown]
-# How many are still nearest to the word that they were, however far they moved? Those left along
-# directions that no word uses. The paper saw something alike in LLaVA: soft prompts hardly change
-# their meaning.
+# Those left along directions that no word uses, however far they moved. The paper saw something
+# similar in LLaVA: soft prompts hardly change their meaning.
 #
 # ## What to take home
 #

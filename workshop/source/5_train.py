@@ -5,8 +5,8 @@
 # become a training run. You write the step, compare four runs, learn to tell a result from noise,
 # and break things on purpose, since broken training rarely says so.
 #
-# You need: what a training loop is. About 35 minutes, four exercises. Nothing later depends on your
-# answers; solutions are in `workshop/solutions/`.
+# You need: what a training loop is. About 35 minutes in a room, 50 with what is marked *at home*;
+# four exercises. Nothing later depends on your answers; solutions are in `workshop/solutions/`.
 #
 # Axes: **B** batch, **b** a chunk of it, **T** tokens, **D** hidden size.
 
@@ -88,12 +88,12 @@ for kind, chunks in (("images", batch.images), ("texts", batch.texts)):
         print(f"{kind}: input_ids (b, T) {shape}, summaries at {chunk.summary[:4].tolist()} ...")
 print(f"{batch.num_pairs} pairs")
 print(f"{batch.num_tokens} tokens for the autoregressive loss, from a quarter of the pictures")
-# A quarter, to save time here; train.py takes half of the toy's, the paper all.
+# A quarter in this cell only; the runs below take half, as train.py does, the paper all.
 
 # %% [markdown]
 # `training_step` counts the pairs and the tokens of the whole batch, and hands over to
-# `backward_whole`, where both losses stand. Below it: how a chunk becomes embeddings, and one of
-# the two losses.
+# `backward_whole`, where both losses stand: read this one. Below it, for home: how a chunk becomes
+# embeddings, and one of the two losses (`fast.twin` is the same loss in less memory).
 
 # %%
 print(inspect.getsource(training.backward_whole))
@@ -119,7 +119,7 @@ def make():
 
 
 # %% [markdown]
-# ### Exercise 5.1: the step around the step (6 minutes)
+# ### Exercise 5.1: the step around the step (6 minutes, at home)
 #
 # `losses()` runs forward and backward, so gradients are in `.grad` when it returns. Do the four
 # things that every training loop does. Each group of the optimizer has its own `"peak_lr"`; the
@@ -155,7 +155,8 @@ checks.exercise_5_1(step, make)
 
 # %% [markdown]
 # The real loop does the same: `training_step`, and then `update`, which also keeps the temperature
-# from becoming too cold, and leaves a step out whose gradient is not finite.
+# from becoming too cold, and does not move where a gradient is not finite (the run then stops, and
+# says so).
 
 # %%
 print(inspect.getsource(training.update))
@@ -250,7 +251,7 @@ def scores_of(embedder):
     return [table["t2i_r1"], table["i2t_r1"], right["attributes"]]
 
 
-models = {"untrained": base, "both": contrast_only, "both + AR": both_losses}
+models = {"before": base, "both": contrast_only, "both + AR": both_losses}
 results = {name: scores_of(each) for name, each in models.items()}
 names = ["text to image R@1", "image to text R@1", "attributes in captions"]
 draw.grouped_bars(names, results)
@@ -264,9 +265,9 @@ for name, each in models.items():
 # %% [markdown]
 # Both runs search about equally well (a point or two more or less is noise). The one without the
 # autoregressive loss can no longer say what it sees, behind the prompt that it was trained with.
-# The other one can, or stumbles and is on its way back; where the full run ends comes below, in the
-# row *attributes*. (Check the last sentences against the picture, too: relations are what such a
-# small model knows least.) The curve of the contrastive loss shows nothing of all that. **Only an
+# The other one still can, with mistakes after so few steps; where the full run ends comes below, in
+# the row *attributes*. (Check the last sentences against the picture, too: relations are what such
+# a small model knows least.) The curve of the contrastive loss shows nothing of all that. **Only an
 # evaluation of the thing you care about does.**
 #
 # `train.py` runs the whole set of tests (`eval.evaluate`: retrieval, SugarCrepe, SugarCrepe++,
@@ -337,13 +338,13 @@ draw.intervals(small, "points (the large ones left out)")
 # What does LoRA bring, what the autoregressive loss? The paper reports *more composition through
 # the autoregressive loss* (swap). Do these three runs say so? Where the interval holds zero, they
 # give no evidence either way. Say so when you write it down. And where it does not hold zero, ask
-# how much it is: a third of a point of search is little beside all captions.
+# how much it is: a third of a point of search is small next to losing the captions.
 #
 # ## Break it
 #
 # Three ways to ruin a run. Guess the symptom before you run a cell.
 #
-# **1. A learning rate 50 times too high.** Chance is log 32 = 3.47.
+# **1. A learning rate 50 times too high** (at home). Chance is log 32 = 3.47.
 
 # %%
 try:
@@ -355,7 +356,8 @@ except InputError as error:
     print("train.py stopped:", error)
 
 # %% [markdown]
-# No crash and no NaN, most of the time. A loss that sits at chance means: all embeddings are alike.
+# No crash and no NaN, most of the time. A loss that sits at chance means here: all embeddings have
+# become alike.
 # That is why the progress bar of `train.py` shows chance beside the loss.
 #
 # **2. The last position instead of the summary.** The classic. Training is fine, evaluation reads
@@ -385,9 +387,9 @@ for name, function in [("summary", encode_text), ("last position", encode_text_w
 #
 # ### Exercise 5.4: write the test (7 minutes)
 #
-# `is_right` gets a collate function: the real one, or one of four with a bug that someone really
+# `is_right` gets a collate function: the real one, or one of five with a bug that someone really
 # has written. It must return True for the real one and False for all others. One check is there;
-# three are missing.
+# four are missing.
 
 
 # %% exercise 5.4
@@ -402,9 +404,10 @@ def is_right(collate, layout, samples):
             return False
         for ids, labels in zip(chunk.input_ids, chunk.labels):  # one sequence: (T,), (T,)
             places = (labels != IGNORE).nonzero()[:, 0]  # positions that are trained, in order
-            says_what_follows = ...  # 2. there, the labels are the ids one place further
-            learns_to_stop = ...  # 3. the last of these labels is layout.stop_id
-            if not (says_what_follows and learns_to_stop):
+            begins_at_start = ...  # 2. the first of them is `start`
+            says_what_follows = ...  # 3. there, the labels are the ids one place further
+            learns_to_stop = ...  # 4. the last of these labels is layout.stop_id
+            if not (begins_at_start and says_what_follows and learns_to_stop):
                 return False
     return True
 
@@ -421,9 +424,10 @@ def is_right(collate, layout, samples):
             return False
         for ids, labels in zip(chunk.input_ids, chunk.labels):  # one sequence: (T,), (T,)
             places = (labels != IGNORE).nonzero()[:, 0]  # positions that are trained, in order
+            begins_at_start = places[0] == start
             says_what_follows = torch.equal(labels[places], ids[places + 1])
             learns_to_stop = labels[places[-1]] == layout.stop_id
-            if not (says_what_follows and learns_to_stop):
+            if not (begins_at_start and says_what_follows and learns_to_stop):
                 return False
     return True
 

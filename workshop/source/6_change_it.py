@@ -7,8 +7,9 @@
 # the second half is a clinic: four patients that train without a complaint, each with a fault that
 # you have to find, name and mend.
 #
-# You need: both losses (notebook 3), what a training step is (5). About 70 minutes, eight
-# exercises, in any order. Nothing later depends on your answers; solutions are in
+# You need: both losses (notebook 3), what a training step is (5). About 90 minutes, eight
+# exercises, in any order (but 6.7 reads what your tests of 6.6 say). The cells between them use
+# finished versions, from `workshop/changes.py` and `workshop/broken.py`; solutions are in
 # `workshop/solutions/`.
 #
 # Axes: **B** pairs of a batch, **T** tokens, **N** image tokens, **D** hidden size, **V**
@@ -45,6 +46,7 @@ import train as training  # train.py
 from data import IMAGE_PROMPT, TEXT_PROMPT, CaptionDataset, collate, open_image
 from eval import Embedder, encode_image, encode_text, load_embedder, recall_at_k
 from formats.testsets import read_retrieval
+from lora import add_temperature
 from losses import IGNORE
 from toy import world
 from train import TrainConfig, add_adapters, make_optimizer, training_step
@@ -154,7 +156,11 @@ checks.exercise_6_1(siglip_loss)
 #    held as `model.log_scale`, the logarithm of 1 / temperature;
 # 3. the **function**.
 #
-# `changes.siglip_loss` is the finished loss of exercise 6.1; take it or yours.
+# `changes.siglip_loss` is the finished loss of exercise 6.1; take it or yours. And this is how the
+# temperature became the model's own:
+
+# %%
+print(inspect.getsource(add_temperature))
 
 
 # %% exercise 6.2
@@ -235,7 +241,7 @@ draw.curves(
     ("SigLIP's bias", {"logit_bias": [line["logit_bias"] for line in siglip_log]}),
 )
 recalls = {
-    "untrained": search(base, pictures, captions),
+    "before": search(base, pictures, captions),
     "InfoNCE": search(on_infonce, pictures, captions),
     "SigLIP": search(on_siglip, pictures, captions),
 }
@@ -310,8 +316,13 @@ def my_loss(model, images, texts, config):
 checks.exercise_6_3(my_loss)
 
 # %% [markdown]
-# Does it help? Here for the gap, with weight 10 on top of InfoNCE. (For yours: put it into
-# `LOSSES`, and its weight into a class as in exercise 6.2.)
+# Does it help? Here for the gap, with weight 10 on top of InfoNCE. For yours, put this into a cell
+# (`changes.ChangedConfig` has a field `mine_weight` for it):
+#
+#     LOSSES["mine"] = my_loss
+#     on_mine, mine_log = train_with("mine", mine_weight=1.0)
+#     recalls["InfoNCE + mine"] = search(on_mine, pictures, captions)
+#     draw_recalls(recalls)
 
 # %%
 on_gap, gap_log = train_with("gap", gap_weight=10.0)
@@ -320,8 +331,8 @@ recalls["InfoNCE + gap"] = search(on_gap, pictures, captions)
 draw_recalls(recalls)
 
 # %% [markdown]
-# The loss does what it says: the means move together. That is not yet a better search, and often it
-# is none. **A loss that goes down is not a result**; the evaluation is.
+# The loss does what it says: the means move together. That is not yet a better search, and often
+# search does not improve. **A loss that goes down is not a result**; the evaluation is.
 #
 # ## Another model
 #
@@ -450,7 +461,7 @@ print(f"chance {1000 / len(pictures):.1f} %")
 
 # %% setup
 def retrieval_of(image_prompt, text_prompt, pictures=pictures, captions=captions):
-    """Text to image R@1 of the untrained model with other prompts, in percent."""
+    """Text to image R@1 of the model before fine-tuning, with other prompts, in percent."""
     layout = base.layout.with_prompts(image_prompt, text_prompt)
     return search(Embedder(base.model, layout, base.processor), pictures, captions)
 
@@ -526,9 +537,8 @@ draw.curves(*((f"{loss} loss", lines) for loss, lines in curves.items()), log=Tr
 # %% [markdown]
 # The autoregressive loss falls in all of them, the contrastive one goes up and down with the
 # batches, and no line says "error". Some begin higher than the healthy one; would you have known
-# without it beside them? And one lies so near to it that it hides it. **Curves do not tell.** A
-# test does, if it asks the right question: *what must be true of a healthy one, and false of this
-# fault?*
+# without it beside them? And one curve covers the healthy one. **Curves do not tell.** A test does,
+# if it asks the right question: *what must be true of a healthy one, and false of this fault?*
 #
 # What a `System` can do:
 #
@@ -635,7 +645,8 @@ checks.exercise_6_6(
 # Why 1e-3, and not 0? Sums in another order, of batches of another shape, round differently: about
 # 1e-6 here. A fault moves an embedding by a hundred times more than 1e-3.
 #
-# And the visit: your tests, on all four. (`?` is a test with a blank.)
+# And the visit: your tests, on all four. (`?` is a test with a blank. To go on without them, look
+# at these: `tests = list(broken.MEASUREMENTS.values())`.)
 
 # %%
 tests = [ignores_neighbours, predicts_the_next, temperature_learns, caption_stays_out]
@@ -740,8 +751,12 @@ def sequence(layout, caption):
 checks.exercise_6_8(pool, labels, scale, sequence, base)
 
 # %% [markdown]
-# And what did the faults cost? The same four systems, as they are after their ten steps, on the
-# search that one wants them for: a picture **without** a caption, texts in batches as they come.
+# `broken.System(MODEL, pool=pool, labels=labels, scale=scale, sequence=sequence)` is a system made
+# of your four parts. It passes all tests, and each `step` gives the losses of the healthy one.
+#
+# What did the faults cost? The four patients and the healthy one, as they are after their ten
+# steps, on the search that one wants them for: a picture **without** a caption, texts in batches as
+# they come.
 
 
 # %%
@@ -765,7 +780,8 @@ draw_recalls({name: search_of(system) for name, system in everyone.items()})
 # ## What to take home
 #
 # * A loss is a function in a table, its weight a setting, its parameter the model's own.
-# * A model is a contract: causal, hidden states, ids through one module. Who keeps it is trained.
+# * A model is a contract: causal, hidden states, ids through one module. Any that keeps it can be
+#   trained.
 # * Choose on validation scenes, report the test once.
 # * For each way to be wrong, a test that asks what only this fault would change. They belong into
 #   `tests/`, where they run every day.
