@@ -42,6 +42,7 @@ import re
 import shutil
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -128,6 +129,10 @@ class Thing(NamedTuple):
     size: str | None
     color: str | None
     shape: str
+
+
+# What a negative may say is there as well.
+EXTRA_THINGS = [Thing(None, color, shape) for color in COLORS for shape in SHAPES]
 
 
 class Scene(NamedTuple):
@@ -362,43 +367,51 @@ def long_caption(scene: Scene, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def sample_negatives(caption: Caption, scene: Scene, rng: random.Random) -> dict[str, Caption]:
-    """For each SugarCrepe file a caption that differs from `caption` in one respect and is false of
-    `scene`.
-
-    A kind is missing where the caption gives no chance for it, e.g. swap_obj with one thing.
-    """
+def possible_changes(caption: Caption, picked: int) -> dict[str, list[dict]]:
+    """Everything that may be changed to make a negative, by SugarCrepe's kinds. A change is what
+    `_replace` takes; of attributes only those of the thing `picked` are changed."""
     things = caption.things
-    picked = rng.randrange(len(things))
-    candidates: dict[str, list[Caption]] = defaultdict(list)
+    changes = defaultdict(list)
     for what, words in ATTRIBUTES.items():
         said = getattr(things[picked], what)
         kind = "replace_obj" if what == "shape" else "replace_att" if said else "add_att"
         for word in words:
             changed = things[picked]._replace(**{what: word})
-            candidates[kind].append(
-                caption._replace(things=(*things[:picked], changed, *things[picked + 1 :]))
-            )
+            changes[kind].append({"things": (*things[:picked], changed, *things[picked + 1 :])})
         if len(things) > 1:
-            swapped = caption._replace(things=exchange(things, 0, 1, what))
-            candidates["swap_obj" if what == "shape" else "swap_att"].append(swapped)
+            kind = "swap_obj" if what == "shape" else "swap_att"
+            changes[kind].append({"things": exchange(things, 0, 1, what)})
     if caption.relation:
-        candidates["replace_rel"] = [caption._replace(relation=OPPOSITE[caption.relation])]
+        changes["replace_rel"].append({"relation": OPPOSITE[caption.relation]})
     if len(things) < 3:
-        extra = [Thing(None, color, shape) for color in COLORS for shape in SHAPES]
-        candidates["add_obj"] = [
-            caption._replace(things=(*things, thing), place=None) for thing in extra
-        ]
+        for thing in EXTRA_THINGS:
+            changes["add_obj"].append({"things": (*things, thing), "place": None})
     if not caption.background:
-        candidates["add_att"] += [
-            caption._replace(background=background) for background in BACKGROUNDS
-        ]
-    table, negatives = SceneTable([scene]), {}
-    for kind, captions in candidates.items():
-        rng.shuffle(captions)
-        false = (c for c in captions if str(c) != str(caption) and not truth(str(c), table)[0])
-        if negative := next(false, None):
-            negatives[kind] = negative
+        for background in BACKGROUNDS:
+            changes["add_att"].append({"background": background})
+    return changes
+
+
+def sample_negatives(
+    caption: Caption, scene: Scene, rng: random.Random, known: Iterable[str] = ()
+) -> dict[str, Caption]:
+    """For each SugarCrepe file, but those `known`, a caption that differs from `caption` in one
+    respect and is false of `scene`.
+
+    A kind is missing where the caption gives no chance for it, e.g. swap_obj with one thing.
+    """
+    table = SceneTable([scene])
+    negatives = {}
+    picked = rng.randrange(len(caption.things))
+    for kind, changes in possible_changes(caption, picked).items():
+        rng.shuffle(changes)  # also where the kind is known: the world depends on it
+        if kind in known:
+            continue
+        for change in changes:
+            negative = caption._replace(**change)
+            if str(negative) != str(caption) and not truth(str(negative), table)[0]:
+                negatives[kind] = negative
+                break
     return negatives
 
 
@@ -438,6 +451,20 @@ class SceneTable:
         self.number = np.array([NUMBERS[len(scene.occupied())] for scene in scenes])
 
 
+@functools.cache
+def arrangements(things: int, relation: str | None, place: str | None) -> list[tuple[int, ...]]:
+    """At which places the things of a sentence may stand: no two at the same, the first two in this
+    relation, the first at this place (None: the sentence says nothing of it)."""
+    allowed = []
+    for places in itertools.permutations(range(4), things):
+        if relation and not holds(relation, *places[:2]):
+            continue
+        if place and PLACES[places[0]] != place:
+            continue
+        allowed.append(places)
+    return allowed
+
+
 def truth(text: str, scenes: SceneTable) -> np.ndarray:
     """Of which scenes every sentence of `text` is true, (scenes,) bool. It reads the text alone,
     not how it was made.
@@ -465,15 +492,12 @@ def truth(text: str, scenes: SceneTable) -> np.ndarray:
                     fit = fit & (codes == known.index(word))
             fits.append(fit)
         found = np.zeros_like(answer)
-        for places in itertools.permutations(range(4), len(fits)):
-            if (
-                relation
-                and not holds(relation[0], *places[:2])
-                or place
-                and PLACES[places[0]] != place[1]
-            ):
-                continue
-            found |= np.logical_and.reduce([fit[p] for fit, p in zip(fits, places)], initial=True)
+        said = (relation and relation[0], place and place[1])
+        for places in arrangements(len(fits), *said):
+            all_fit = True
+            for fit, at in zip(fits, places):
+                all_fit = all_fit & fit[at]
+            found |= all_fit
         answer &= found
     return answer
 
@@ -599,9 +623,7 @@ def build_evaluation(
         assert truth(str(same), table)[index], (scene, same)
         found = set()
         for caption in captions:  # where the first allows no negative of a kind, a later one may
-            for kind, negative in sample_negatives(caption, scene, rng).items():
-                if kind in found:
-                    continue
+            for kind, negative in sample_negatives(caption, scene, rng, known=found).items():
                 found.add(kind)
                 file_items = sugarcrepe.setdefault(kind, {})
                 item = {
