@@ -41,7 +41,7 @@ import random
 import re
 import shutil
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -104,20 +104,11 @@ BACKGROUNDS = {
     "maroon": (85, 15, 30),
     "navy": (20, 20, 90),
 }
-PLACES = [
-    "top left",
-    "top right",
-    "bottom left",
-    "bottom right",
-]  # place p is row p // 2, column p % 2
+PLACES = ["top left", "top right", "bottom left", "bottom right"]  # p is row p // 2, column p % 2
 RELATIONS = ["left of", "right of", "above", "below"]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-ATTRIBUTES = {
-    "size": list(SIZES),
-    "color": list(COLORS),
-    "shape": list(SHAPES),
-}  # the fields of a Thing
+ATTRIBUTES = {"size": list(SIZES), "color": list(COLORS), "shape": list(SHAPES)}  # a Thing's fields
 OPENINGS = ["", "there is ", "a picture of ", "the picture shows "]
 # So many that a random batch of 128 has about eight scenes of each.
 THEMES = 16
@@ -144,9 +135,9 @@ class Scene(NamedTuple):
 
 
 class Caption(NamedTuple):
-    """What a short caption says; `str(caption)` is its sentence. A relation holds between the first
-    two things.
-    """
+    """What a short caption says; `str(caption)` is its sentence.
+
+    A relation holds between the first two things."""
 
     opening: str
     things: tuple[Thing, ...]
@@ -159,8 +150,10 @@ class Caption(NamedTuple):
         if self.relation:
             verb = "" if self.opening else "is "
             text = f"{phrases[0]} {verb}{self.relation} {', with '.join(phrases[1:])}"
+        elif len(phrases) == 1:
+            text = phrases[0]
         else:
-            text = " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
+            text = f"{', '.join(phrases[:-1])} and {phrases[-1]}"
         if self.place:
             text += f" in the {self.place}"
         if self.background:
@@ -175,35 +168,42 @@ def name(thing: Thing) -> str:
 
 def with_article(thing: Thing) -> str:
     words = name(thing)
-    return ("an " if words[0] in "aeiou" or words.startswith("hour") else "a ") + words
+    sounds_like_a_vowel = words[0] in "aeiou" or words.startswith("hour")
+    return f"an {words}" if sounds_like_a_vowel else f"a {words}"
 
 
 def holds(relation: str, first: int, second: int) -> bool:
     """Does the object at place `first` stand in this relation to the one at place `second`?"""
-    (row, column), (other_row, other_column) = divmod(first, 2), divmod(second, 2)
-    return {
-        "left of": column < other_column,
-        "right of": column > other_column,
-        "above": row < other_row,
-        "below": row > other_row,
-    }[relation]
+    row, column = divmod(first, 2)
+    other_row, other_column = divmod(second, 2)
+    if relation == "left of":
+        return column < other_column
+    if relation == "right of":
+        return column > other_column
+    if relation == "above":
+        return row < other_row
+    return row > other_row  # below
 
 
 # ---- scenes and pictures
 
 
 def split_of(objects: tuple[Thing | None, ...]) -> str:
-    """ "train", "val" or "test", from a hash of the scene's set of (color, shape) pairs: 80, 10 and
-    10 %.
-    """
+    """The split that a scene belongs to: "train" (80 %), "val" (10 %) or "test" (10 %).
+
+    It is chosen by a hash of the scene's set of (color, shape) pairs."""
     pairs = sorted(f"{thing.color} {thing.shape}" for thing in objects if thing)
-    return ["test", "val", *["train"] * 8][zlib.crc32(", ".join(pairs).encode()) % 10]
+    digit = zlib.crc32(", ".join(pairs).encode()) % 10
+    if digit == 0:
+        return "test"
+    if digit == 1:
+        return "val"
+    return "train"
 
 
 def is_valid(objects: tuple[Thing | None, ...], split: str) -> bool:
-    """No two objects share color and shape (a caption could not tell them apart), and the set is of
-    this split.
-    """
+    """Whether no two objects share color and shape (a caption could not tell them apart), and the
+    set is of this split."""
     pairs = [thing[1:] for thing in objects if thing]
     return len(set(pairs)) == len(pairs) and split_of(objects) == split
 
@@ -224,17 +224,18 @@ def sample_theme(rng: random.Random) -> Theme:
 def sample_scene(
     rng: random.Random, split: str, number: int | None = None, theme: Theme | None = None
 ) -> Scene:
-    """A scene of `split` with `number` objects (by default two to four, rarely four), of a theme,
-    or of anything there is.
-    """
+    """A scene of `split` with `number` objects (by default two to four, rarely four).
+
+    It is of a theme; without one, of all colors and shapes."""
     number = number or rng.choices([2, 3, 4], [0.5, 0.35, 0.15])[0]
     theme = theme or Theme(list(COLORS), list(SHAPES))
     while True:
         objects: list[Thing | None] = [None] * 4
         for place in rng.sample(range(4), number):
-            objects[place] = Thing(
-                rng.choice(list(SIZES)), rng.choice(theme.colors), rng.choice(theme.shapes)
-            )
+            size = rng.choice(list(SIZES))
+            color = rng.choice(theme.colors)
+            shape = rng.choice(theme.shapes)
+            objects[place] = Thing(size, color, shape)
         if is_valid(tuple(objects), split):
             return Scene(rng.choice(list(BACKGROUNDS)), tuple(objects))
 
@@ -242,12 +243,15 @@ def sample_scene(
 def exchange(
     things: tuple[Thing | None, ...], first: int, second: int, what: str
 ) -> tuple[Thing | None, ...]:
-    """The same things, but two of them have exchanged their `what`: "size", "color", "shape" or
-    "place".
-    """
-    swapped, a, b = list(things), things[first], things[second]
+    """The same things, but two of them have exchanged their `what`.
+
+    what: "size", "color", "shape", or "place", where they stand in `things`."""
+    a = things[first]
+    b = things[second]
+    swapped = list(things)
     if what == "place":
-        swapped[first], swapped[second] = b, a
+        swapped[first] = b
+        swapped[second] = a
     else:
         swapped[first] = a._replace(**{what: getattr(b, what)})
         swapped[second] = b._replace(**{what: getattr(a, what)})
@@ -255,54 +259,57 @@ def exchange(
 
 
 def sample_twin(scene: Scene, rng: random.Random, split: str) -> Scene:
-    """A scene of the same split made of the same words: two objects have exchanged size, color or
-    place.
-    """
-    candidates = [
-        exchange(scene.objects, first, second, what)
-        for first, second in itertools.combinations(scene.occupied(), 2)
-        for what in ("size", "color", "place")
-    ]
-    # Two objects never share color and shape, so exchanging their places always gives a valid twin.
-    return Scene(
-        scene.background,
-        rng.choice([c for c in candidates if c != scene.objects and is_valid(c, split)]),
-    )
+    """A scene of the same split, made of the same words: two objects have exchanged one attribute
+    or their places."""
+    twins = []
+    for first, second in itertools.combinations(scene.occupied(), 2):
+        for what in ("size", "color", "place"):
+            objects = exchange(scene.objects, first, second, what)
+            if objects != scene.objects and is_valid(objects, split):
+                twins.append(objects)
+    # There is one: two objects never share color and shape, so their places can be exchanged.
+    return Scene(scene.background, rng.choice(twins))
 
 
 @functools.cache
 def shape_mask(shape: str, size: int) -> np.ndarray:
-    """How much of each pixel a shape covers, (size, size, 1) float in [0, 1]: drawn eight times
-    larger, then shrunk.
-    """
+    """How much of each pixel a shape covers, (size, size, 1) float in [0, 1].
+
+    It is drawn eight times larger, then shrunk: its edges become soft."""
     image = Image.new("L", (8 * size, 8 * size))
     draw = ImageDraw.Draw(image)
+    paint = {"polygon": draw.polygon, "box": draw.rectangle, "ellipse": draw.ellipse}
     for form, *unit in SHAPES[shape]:
         corners = [8 * size * value for value in unit]
-        paint = {"polygon": draw.polygon, "box": draw.rectangle, "ellipse": draw.ellipse}[
-            form.split()[-1]
-        ]
-        paint(corners, fill=0 if form.startswith("erase") else 255)
-    return (
-        np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32)[:, :, None] / 255
-    )
+        fill = 0 if form.startswith("erase") else 255
+        paint[form.removeprefix("erase ")](corners, fill=fill)
+    small = image.resize((size, size), Image.Resampling.BOX)
+    return np.asarray(small, np.float32)[:, :, None] / 255
 
 
 def render(scene: Scene, rng: random.Random) -> np.ndarray:
-    """The picture, (48, 48, 3) uint8. `rng` moves every object a little and changes its brightness
-    a little.
-    """
+    """The picture, (48, 48, 3) uint8.
+
+    `rng` moves every object a little, and changes its brightness a little."""
     pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     pixels[:] = BACKGROUNDS[scene.background]
     for place in scene.occupied():
         thing = scene.objects[place]
-        mask = shape_mask(thing.shape, SIZES[thing.size])
-        free = PLACE_SIZE - len(mask)
-        shifts = [min(max(free // 2 + rng.randint(-JITTER, JITTER), 0), free) for _ in range(2)]
-        top, left = (PLACE_SIZE * index + shift for index, shift in zip(divmod(place, 2), shifts))
-        window = pixels[top : top + len(mask), left : left + len(mask)]
-        window += mask * (np.array(COLORS[thing.color], np.float32) + rng.uniform(-15, 15) - window)
+        side = SIZES[thing.size]
+        mask = shape_mask(thing.shape, side)
+        row, column = divmod(place, 2)
+        top = PLACE_SIZE * row + sample_shift(PLACE_SIZE - side, rng)
+        left = PLACE_SIZE * column + sample_shift(PLACE_SIZE - side, rng)
+        color = np.array(COLORS[thing.color], np.float32) + rng.uniform(-15, 15)
+        window = pixels[top : top + side, left : left + side]  # a view
+        window += mask * (color - window)
     return pixels.clip(0, 255).astype(np.uint8)
+
+
+def sample_shift(free: int, rng: random.Random) -> int:
+    """Where an object begins in a place that has so many pixels more than it: near the middle."""
+    shift = free // 2 + rng.randint(-JITTER, JITTER)
+    return min(max(shift, 0), free)
 
 
 # ---- captions
@@ -311,59 +318,62 @@ def render(scene: Scene, rng: random.Random) -> np.ndarray:
 def sample_caption(
     scene: Scene, rng: random.Random, number: int | None = None, related: bool | None = None
 ) -> Caption:
-    """A true but partial short caption of `number` objects (one to three), with a relation if
-    `related`.
-    """
+    """A true but partial short caption.
+
+    number: of objects that it names, one to three; None: mostly two.
+    related: whether it says how the first two lie to each other; None: in three of four."""
     occupied = scene.occupied()
-    number = min(number or rng.choices([1, 2, 3], [0.1, 0.7, 0.2])[0], len(occupied))
+    if number is None:
+        number = rng.choices([1, 2, 3], [0.1, 0.7, 0.2])[0]
+    number = min(number, len(occupied))
     places = rng.sample(occupied, number)
-    things = tuple(
-        Thing(size if rng.random() < 0.5 else None, color if rng.random() < 0.92 else None, shape)
-        for size, color, shape in (scene.objects[place] for place in places)
-    )
-    related = rng.random() < 0.75 if related is None else related
-    relation = place = None
+    things = []
+    for place in places:
+        thing = scene.objects[place]
+        size = thing.size if rng.random() < 0.5 else None
+        color = thing.color if rng.random() < 0.92 else None
+        things.append(Thing(size, color, thing.shape))
+    if related is None:
+        related = rng.random() < 0.75
+    relation = None
+    place = None
     if number > 1 and related:
         relation = rng.choice([relation for relation in RELATIONS if holds(relation, *places[:2])])
     if number == 1 and rng.random() < 0.5:
         place = PLACES[places[0]]
-    return Caption(
-        rng.choice(OPENINGS),
-        things,
-        relation,
-        place,
-        scene.background if rng.random() < 0.35 else None,
-    )
+    opening = rng.choice(OPENINGS)
+    background = scene.background if rng.random() < 0.35 else None
+    return Caption(opening, tuple(things), relation, place, background)
 
 
 def paraphrase(caption: Caption, rng: random.Random) -> Caption:
-    """Another caption that says the same: another opening, and the first two things in the other
-    order.
-    """
+    """Another caption that says the same: with another opening, and the first two things in the
+    other order."""
+    others = [opening for opening in OPENINGS if opening != caption.opening]
+    first_two = caption.things[:2]
     return caption._replace(
-        opening=rng.choice([opening for opening in OPENINGS if opening != caption.opening]),
-        things=caption.things[1::-1] + caption.things[2:],
+        opening=rng.choice(others),
+        things=first_two[::-1] + caption.things[2:],
         relation=OPPOSITE.get(caption.relation),
     )
 
 
 def long_caption(scene: Scene, rng: random.Random) -> str:
-    """Everything about the scene in 50 to 74 tokens: number, background, each object with its
-    place, two relations.
-    """
+    """Everything about the scene, in 50 to 74 tokens: the number of objects, the background, each
+    object with its place, two relations."""
     occupied = scene.occupied()
     sentences = [f"There are {NUMBERS[len(occupied)]} objects on a {scene.background} background."]
     for place in occupied:
         sentences.append(f"In the {PLACES[place]} there is {with_article(scene.objects[place])}.")
-    facts = [
-        (a, r, b)
-        for a, b in itertools.permutations(occupied, 2)
-        for r in RELATIONS
-        if holds(r, a, b)
-    ]
+    facts = []
+    for first, second in itertools.permutations(occupied, 2):
+        for relation in RELATIONS:
+            if holds(relation, first, second):
+                facts.append((first, relation, second))
     for first, relation, second in rng.sample(facts, 2):
-        names = [name(scene.objects[place]._replace(size=None)) for place in (first, second)]
-        sentences.append(f"The {names[0]} is {relation} the {names[1]}.")
+        one = name(scene.objects[first]._replace(size=None))
+        other = name(scene.objects[second]._replace(size=None))
+        sentences.append(f"The {one} is {relation} the {other}.")
     return " ".join(sentences)
 
 
@@ -398,8 +408,7 @@ def sample_negatives(
     """For each SugarCrepe file, but those `known`, a caption that differs from `caption` in one
     respect and is false of `scene`.
 
-    A kind is missing where the caption gives no chance for it, e.g. swap_obj with one thing.
-    """
+    A kind is missing where the caption gives no chance for it, e.g. swap_obj with one thing."""
     table = SceneTable([scene])
     negatives = {}
     picked = rng.randrange(len(caption.things))
@@ -423,10 +432,13 @@ def one_of(words) -> str:
 
 
 THING = re.compile(rf"(?:an?|the) (?:{one_of(SIZES)} )?(?:{one_of(COLORS)} )?{one_of(SHAPES)}")
-RELATION, BACKGROUND, NUMBER = (
-    re.compile(one_of(w)) for w in (RELATIONS, BACKGROUNDS, NUMBERS.values())
-)
+RELATION = re.compile(one_of(RELATIONS))
+BACKGROUND = re.compile(one_of(BACKGROUNDS))
+NUMBER = re.compile(one_of(NUMBERS.values()))
 PLACE = re.compile(f"in the {one_of(PLACES)}")
+OBJECT_AT_PLACE = re.compile(
+    rf"{PLACE.pattern} there is an? {one_of(SIZES)} {one_of(COLORS)} {one_of(SHAPES)}"
+)
 SENTENCE = re.compile(
     rf"there are {NUMBER.pattern} objects on a {BACKGROUND.pattern} background"
     rf"|(there is |a picture of |the picture shows |{PLACE.pattern} there is )?{THING.pattern}"
@@ -439,14 +451,16 @@ class SceneTable:
     """Many scenes as arrays, so that one caption is checked against all of them at once."""
 
     def __init__(self, scenes: list[Scene]):
-        codes = {word: code for words in ATTRIBUTES.values() for code, word in enumerate(words)}
-        rows = [
-            [[codes[word] for word in thing] if thing else [-1] * 3 for thing in s.objects]
-            for s in scenes
-        ]
-        self.objects = np.array(rows).transpose(
-            2, 1, 0
-        )  # (3 attributes, 4 places, scenes), -1 where nothing is
+        codes = {}
+        for words in ATTRIBUTES.values():
+            for code, word in enumerate(words):
+                codes[word] = code
+        rows = []
+        for scene in scenes:
+            for thing in scene.objects:
+                rows.append([codes[word] for word in thing] if thing else [-1, -1, -1])
+        objects = np.array(rows).reshape(len(scenes), 4, 3)
+        self.objects = objects.transpose(2, 1, 0)  # (3 attributes, 4 places, scenes), -1: nothing
         self.background = np.array([scene.background for scene in scenes])
         self.number = np.array([NUMBERS[len(scene.occupied())] for scene in scenes])
 
@@ -466,21 +480,18 @@ def arrangements(things: int, relation: str | None, place: str | None) -> list[t
 
 
 def truth(text: str, scenes: SceneTable) -> np.ndarray:
-    """Of which scenes every sentence of `text` is true, (scenes,) bool. It reads the text alone,
-    not how it was made.
+    """Of which scenes every sentence of `text` is true, (scenes,) bool.
 
-    Things named in one sentence are different objects. Raises ValueError for a sentence outside the
-    grammar.
-    """
+    It reads the text alone, not how it was made. Things named in one sentence are different
+    objects. Raises ValueError for a sentence outside the grammar."""
     answer = np.ones(len(scenes.background), bool)
     for sentence in text.lower().rstrip(".").split(". "):
         if not SENTENCE.fullmatch(sentence):
             raise ValueError(f"toy world: cannot read the sentence {sentence!r}")
-        background, number, relation, place = (
-            p.search(sentence) for p in (BACKGROUND, NUMBER, RELATION, PLACE)
-        )
+        background = BACKGROUND.search(sentence)
         if background:
             answer &= scenes.background == background[0]
+        number = NUMBER.search(sentence)
         if number:
             answer &= scenes.number == number[0]
         # For each thing: does the object at a place fit what is said of it? (4 places, scenes)
@@ -491,9 +502,11 @@ def truth(text: str, scenes: SceneTable) -> np.ndarray:
                 if word:
                     fit = fit & (codes == known.index(word))
             fits.append(fit)
+        # Is there a choice of places at which all of them fit?
+        relation = RELATION.search(sentence)
+        place = PLACE.search(sentence)
         found = np.zeros_like(answer)
-        said = (relation and relation[0], place and place[1])
-        for places in arrangements(len(fits), *said):
+        for places in arrangements(len(fits), relation and relation[0], place and place[1]):
             all_fit = True
             for fit, at in zip(fits, places):
                 all_fit = all_fit & fit[at]
@@ -506,30 +519,33 @@ def score_captions(generated: list[str], references: list[list[str]]) -> dict[st
     """How right long captions are, in percent: "attributes" (size, color, shape) and whole
     "objects".
 
-    Both are read from the text, "in the top left there is a large cyan heart", and compared place
-    by place with the first true long caption. An object that is not there counts as one with all
-    its attributes wrong.
-    """
-    pattern = re.compile(
-        rf"{PLACE.pattern} there is an? {one_of(SIZES)} {one_of(COLORS)} {one_of(SHAPES)}"
-    )
-    counts = Counter()
-    for guess, (reference, *_) in zip(generated, references, strict=True):
-        found, true = (
-            {m[0]: m[1:] for m in pattern.findall(text.lower())} for text in (guess, reference)
-        )
+    They are compared place by place with the first true long caption. An object that is not there
+    counts as one with all its attributes wrong."""
+    objects = 0
+    right_objects = 0
+    right_attributes = 0
+    for guess, texts in zip(generated, references, strict=True):
+        found = described_objects(guess)
+        true = described_objects(texts[0])
         for place in found.keys() | true.keys():
-            right = [a == b for a, b in zip(found.get(place, ()), true.get(place, ()))]
-            counts.update(
-                objects=1,
-                attributes=3,
-                right_objects=right == [True] * 3,
-                right_attributes=sum(right),
-            )
+            objects += 1
+            if place in found and place in true:
+                right = sum(a == b for a, b in zip(found[place], true[place]))
+                right_attributes += right
+                right_objects += right == 3
+    objects = max(objects, 1)
     return {
-        what: 100 * counts[f"right_{what}"] / max(counts[what], 1)
-        for what in ("attributes", "objects")
+        "attributes": 100 * right_attributes / (3 * objects),
+        "objects": 100 * right_objects / objects,
     }
+
+
+def described_objects(text: str) -> dict[str, tuple[str, str, str]]:
+    """{place: (size, color, shape)} of "in the top left there is a large cyan heart", and so on."""
+    found = {}
+    for place, *words in OBJECT_AT_PLACE.findall(text.lower()):
+        found[place] = tuple(words)
+    return found
 
 
 # ---- files
@@ -552,20 +568,21 @@ def save_lines(path: Path, records: list[dict]) -> None:
 def training_record(
     scene: Scene, twin: Scene | None, pictures: BinaryIO, rng: random.Random
 ) -> dict:
-    """Draws the picture, behind the others in one file, and writes five short captions, which are
-    false of the twin, and a long one."""
+    """Draw the picture behind the others in one file -> its record, with five short captions, which
+    are false of the twin, and a long one."""
     start = pictures.tell()
     Image.fromarray(render(scene, rng)).save(pictures, "PNG")
     part = [start, pictures.tell() - start]
-    table, short = SceneTable([scene, twin] if twin else [scene]), []
+    table = SceneTable([scene, twin] if twin else [scene])
+    short = []
     while len(short) < 5:
         caption = str(sample_caption(scene, rng, number=rng.choice([2, 2, 3])))
         true = truth(caption, table)
         assert true[0], (scene, caption)
         if not true[1:].any():
             short.append(caption)
-    record = {"image": TRAINING_PICTURES, "part": part}
-    return record | {"short": short, "long": [long_caption(scene, rng)]}
+    long = [long_caption(scene, rng)]
+    return {"image": TRAINING_PICTURES, "part": part, "short": short, "long": long}
 
 
 def build_training(folder: Path, rng: random.Random, number: int, progress: tqdm) -> None:
@@ -579,85 +596,50 @@ def build_training(folder: Path, rng: random.Random, number: int, progress: tqdm
     with open(path, "wb") as pictures:
         while len(records) < number:
             scene = sample_scene(rng, "train", theme=sample_theme(rng))
-            pair = [scene, sample_twin(scene, rng, "train")] if len(records) % 4 == 2 else [scene]
-            for one, other in zip(pair, pair[::-1]):
-                twin = other if len(pair) == 2 else None
-                record = training_record(one, twin, pictures, rng)
-                if len(pair) == 2:
-                    record["group"] = f"g{len(records) // 4}"
-                records.append(record)
-                progress.update()
+            if len(records) % 4 < 2:
+                records.append(training_record(scene, None, pictures, rng))
+            else:
+                twin = sample_twin(scene, rng, "train")
+                group = {"group": f"g{len(records) // 4}"}
+                records.append(training_record(scene, twin, pictures, rng) | group)
+                records.append(training_record(twin, scene, pictures, rng) | group)
+            progress.update(len(records) - progress.n)
     save_lines(folder / "train.jsonl", records)
 
 
 def build_evaluation(
     folder: Path, split: str, rng: random.Random, number: int, progress: tqdm
 ) -> dict[str, int]:
-    """Writes the retrieval, SugarCrepe, SugarCrepe++ and Winoground files of one split; returns
-    what it counted.
-    """
+    """Write the retrieval, SugarCrepe, SugarCrepe++ and Winoground files of one split -> how many
+    captions there are, false negatives, and SugarCrepe items."""
     scenes: list[Scene] = []
     while len(scenes) < number:
         scene = sample_scene(rng, split, theme=sample_theme(rng))
         if scene not in scenes:
             scenes.append(scene)
     table = SceneTable(scenes)
-    records, karpathy, counts = [], [], Counter()
-    sugarcrepe: dict[str, dict[str, dict]] = {}
-    sugarcrepe_pp: dict[str, list[dict]] = {}
+    records = []
+    negatives = SugarCrepe()
+    false_negatives = 0
     for index, scene in enumerate(scenes):
         file = f"{index:06d}.png"
         save_picture(folder / "images" / split / file, scene, rng)
         captions = []
         for _ in range(5):
-            for _ in range(25):  # prefer captions that are true of no other picture of the split
-                caption = sample_caption(scene, rng, number=rng.choice([2, 2, 3]))
-                true = truth(str(caption), table)
-                if true.sum() == 1:
-                    break
-            assert true[index], (scene, caption)
-            counts["captions"] += 1
-            counts["false negative pairs"] += int(true.sum()) - 1
+            caption, number_true = sample_telling_caption(scene, index, table, rng)
             captions.append(caption)
+            false_negatives += number_true - 1
         same = paraphrase(captions[0], rng)
         assert truth(str(same), table)[index], (scene, same)
-        found = set()
-        for caption in captions:  # where the first allows no negative of a kind, a later one may
-            for kind, negative in sample_negatives(caption, scene, rng, known=found).items():
-                found.add(kind)
-                file_items = sugarcrepe.setdefault(kind, {})
-                item = {
-                    "filename": file,
-                    "caption": str(caption),
-                    "negative_caption": str(negative),
-                }
-                file_items[str(len(file_items))] = item
-                counts["SugarCrepe items"] += 1
-                if caption is captions[0] and not kind.startswith("add"):
-                    items = sugarcrepe_pp.setdefault(kind, [])
-                    items.append({"id": len(items), **item, "caption2": str(same)})
-        short, long = [str(caption) for caption in captions], long_caption(scene, rng)
+        negatives.add(file, scene, captions, same, rng)
+        long = long_caption(scene, rng)
         assert truth(long, table)[index], (scene, long)
+        short = [str(caption) for caption in captions]
         records.append({"image": f"images/{split}/{file}", "short": short, "long": [long]})
-        sentences = [
-            {"raw": text, "imgid": index, "sentid": 5 * index + i} for i, text in enumerate(short)
-        ]
-        karpathy.append(
-            {
-                "filename": file,
-                "filepath": split,
-                "imgid": index,
-                "split": split,
-                "sentences": sentences,
-            }
-        )
         progress.update()
     save_lines(folder / f"{split}.jsonl", records)
-    save_json(folder / split / "karpathy.json", {"images": karpathy, "dataset": "toy"})
-    for kind, items in sugarcrepe.items():
-        save_json(folder / split / "sugarcrepe" / f"{kind}.json", items)
-    for kind, items in sugarcrepe_pp.items():
-        save_json(folder / split / "sugarcrepe++" / f"{kind}.json", items)
+    save_karpathy(folder / split / "karpathy.json", records, split)
+    negatives.save(folder / split)
     build_winoground(folder / split / "winoground", split, rng, number * 2 // 5)
     tests = {  # where eval.py finds them, relative to this file
         "retrieval": {"file": "karpathy.json", "images": "../images", "split": split},
@@ -667,15 +649,83 @@ def build_evaluation(
         "captioning": {"file": f"../{split}.jsonl", "images": ".."},
     }
     save_json(folder / split / "tests.json", tests)
-    return dict(counts)
+    return {
+        "captions": 5 * number,
+        "false negative pairs": false_negatives,
+        "SugarCrepe items": sum(len(items) for items in negatives.items.values()),
+    }
+
+
+def sample_telling_caption(
+    scene: Scene, index: int, table: SceneTable, rng: random.Random
+) -> tuple[Caption, int]:
+    """A caption of scene number `index` that is true of no other of the table, if one of 25 is ->
+    the caption, and of how many scenes it is true."""
+    for _ in range(25):
+        caption = sample_caption(scene, rng, number=rng.choice([2, 2, 3]))
+        true = truth(str(caption), table)
+        assert true[index], (scene, caption)
+        if true.sum() == 1:
+            break
+    return caption, int(true.sum())
+
+
+class SugarCrepe:
+    """The items of both test sets, as they collect: {kind: items}."""
+
+    def __init__(self):
+        self.items: dict[str, dict[str, dict]] = defaultdict(dict)
+        self.items_with_paraphrase: dict[str, list[dict]] = defaultdict(list)  # SugarCrepe++
+
+    def add(self, file: str, scene: Scene, captions: list[Caption], same: Caption, rng) -> None:
+        """One item of each kind that a picture's captions allow. `same`: what the first one says,
+        in other words."""
+        known = set()
+        for caption in captions:  # where the first allows no negative of a kind, a later one may
+            for kind, negative in sample_negatives(caption, scene, rng, known).items():
+                known.add(kind)
+                item = {
+                    "filename": file,
+                    "caption": str(caption),
+                    "negative_caption": str(negative),
+                }
+                items = self.items[kind]
+                items[str(len(items))] = item
+                # SugarCrepe++ asks what a paraphrase keeps, so it has no kinds that add something.
+                if caption is captions[0] and not kind.startswith("add"):
+                    items = self.items_with_paraphrase[kind]
+                    items.append({"id": len(items), **item, "caption2": str(same)})
+
+    def save(self, folder: Path) -> None:
+        for kind, items in self.items.items():
+            save_json(folder / "sugarcrepe" / f"{kind}.json", items)
+        for kind, items in self.items_with_paraphrase.items():
+            save_json(folder / "sugarcrepe++" / f"{kind}.json", items)
+
+
+def save_karpathy(path: Path, records: list[dict], split: str) -> None:
+    """Pictures and short captions in the format of Karpathy's Flickr30k and COCO files."""
+    images = []
+    for index, record in enumerate(records):
+        sentences = []
+        for i, text in enumerate(record["short"]):
+            sentences.append({"raw": text, "imgid": index, "sentid": 5 * index + i})
+        image = {
+            "filename": Path(record["image"]).name,
+            "filepath": split,
+            "imgid": index,
+            "split": split,
+            "sentences": sentences,
+        }
+        images.append(image)
+    save_json(path, {"images": images, "dataset": "toy"})
 
 
 def winoground_captions(
     scene: Scene, twin: Scene, what: str, rng: random.Random
 ) -> list[tuple[Caption, Caption]]:
     """Up to four pairs of captions of the same words, the first true of `scene` only, the second of
-    its twin only.
-    """
+    its twin only."""
     found = {}
     table = SceneTable([scene, twin])
     for _ in range(20):
@@ -693,8 +743,7 @@ def winoground_captions(
 
 def build_winoground(folder: Path, split: str, rng: random.Random, number: int) -> None:
     """Quadruples as in Winoground: two pictures, two captions of the same words, each true of its
-    own picture only. `number` pairs of pictures, each with up to four pairs of captions.
-    """
+    own picture only. `number` pairs of pictures, each with up to four pairs of captions."""
     examples = []
     for pair in range(number):
         what = ["color", "size", "place"][pair % 3]
@@ -708,10 +757,15 @@ def build_winoground(folder: Path, split: str, rng: random.Random, number: int) 
         for stem, picture in zip(stems, (scene, twin)):
             save_picture(folder / "images" / f"{stem}.png", picture, rng)
         for caption, other in found:
-            example = {"id": len(examples), "image_0": stems[0], "image_1": stems[1]}
-            examples.append(
-                example | {"caption_0": str(caption), "caption_1": str(other), "tag": what}
-            )
+            example = {
+                "id": len(examples),
+                "image_0": stems[0],
+                "image_1": stems[1],
+                "caption_0": str(caption),
+                "caption_1": str(other),
+                "tag": what,
+            }
+            examples.append(example)
     save_lines(folder / "examples.jsonl", examples)
 
 
@@ -721,7 +775,7 @@ def build(
     train_scenes: int = 8192,
     test_scenes: int = 1000,
 ) -> Path:
-    """Writes the world's files into `folder` and returns it; at once if they are there already.
+    """Write the world's files into `folder` and return it; at once if they are there already.
 
     train.jsonl, val.jsonl, test.jsonl   records {"image", "short", "long"}; of training also
                                          "part", and "group", which joins a scene and its twin
@@ -734,8 +788,7 @@ def build(
     {val,test}/tests.json                lists all of these for eval.py
 
     Everything is written into a folder beside it, which is renamed when it is complete. Raises
-    FileExistsError if `folder` holds anything that is not a toy world, rather than delete it.
-    """
+    FileExistsError if `folder` holds anything that is not a toy world, rather than delete it."""
     folder = Path(folder)
     description = {
         "version": VERSION,
@@ -754,9 +807,8 @@ def build(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     counts = {}
-    with tqdm(
-        total=train_scenes + 2 * test_scenes, desc="drawing the toy world", unit="scene"
-    ) as progress:
+    scenes = train_scenes + 2 * test_scenes
+    with tqdm(total=scenes, desc="drawing the toy world", unit="scene") as progress:
         build_training(unfinished, random.Random(f"train {seed}"), train_scenes, progress)
         for split in ("val", "test"):
             rng = random.Random(f"{split} {seed}")
@@ -776,25 +828,30 @@ def build(
 def contact_sheet(
     path: str | Path, seed: int = 0, columns: int = 4, rows: int = 3, scale: int = 4
 ) -> None:
-    """Saves a PNG of enlarged scenes, a theme in each row, each with one short caption below."""
-    rng, font = random.Random(seed), ImageFont.load_default(13)
-    side, gap, text_height = IMAGE_SIZE * scale, 12, 54
-    sheet = Image.new(
-        "RGB", (columns * (side + gap) + gap, rows * (side + text_height) + gap), "white"
-    )
+    """Save a PNG of enlarged scenes, a theme in each row, each with one short caption below."""
+    rng = random.Random(seed)
+    font = ImageFont.load_default(13)
+    side = IMAGE_SIZE * scale  # all in pixels
+    gap = 12
+    text_height = 54
+    width = columns * (side + gap) + gap
+    height = rows * (side + text_height) + gap
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     themes = [sample_theme(rng) for _ in range(rows)]
     for row, column in itertools.product(range(rows), range(columns)):
         scene = sample_scene(rng, "train", theme=themes[row])
-        x, y = gap + column * (side + gap), gap + row * (side + text_height)
+        x = gap + column * (side + gap)
+        y = gap + row * (side + text_height)
         picture = Image.fromarray(render(scene, rng)).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(picture, (x, y))
         lines = [""]
         for word in str(sample_caption(scene, rng, number=2)).split():
             longer = f"{lines[-1]} {word}".strip()
-            lines = (
-                [*lines[:-1], longer] if draw.textlength(longer, font) <= side else [*lines, word]
-            )
+            if draw.textlength(longer, font) <= side:
+                lines[-1] = longer
+            else:
+                lines.append(word)
         draw.multiline_text((x, y + side + 3), "\n".join(lines), fill="black", font=font, spacing=1)
     sheet.save(path)
 
