@@ -1040,6 +1040,24 @@ def make_chunk(sequences: list[Sequence], multiple: int) -> Chunk:
     )
 
 
+def empty_text_chunk() -> Chunk:
+    """One token, in no pair: it teaches nothing. For processes that must do as many as others."""
+    return Chunk(torch.zeros(1, 1, dtype=torch.long), torch.tensor([0]), torch.tensor([NO_PAIR]))
+
+
+def empty_image_chunk(config) -> Chunk:
+    """One image, in no pair and without a caption: it teaches nothing. config: the model's."""
+    side = config.vision.image_size
+    tokens = config.num_image_tokens
+    if callable(tokens):  # a backbone whose images differ in size
+        tokens = tokens(side, side)
+    input_ids = torch.full((1, tokens), config.image_token_id)
+    labels = torch.full((1, tokens), IGNORE)
+    pixel_values = torch.zeros(1, 3, side, side)
+    summary = torch.tensor([tokens - 1])
+    return Chunk(input_ids, summary, torch.tensor([NO_PAIR]), labels, pixel_values)
+
+
 def next_tokens(
     input_ids: torch.Tensor, lengths: torch.Tensor, first: torch.Tensor
 ) -> torch.Tensor:

@@ -10,7 +10,8 @@ Contrastive loss on short captions + autoregressive loss on long ones, the image
 one forward pass. Soft prompts and LoRA learn, everything else is frozen. A run folder holds
 config.json, log.jsonl, results.json, a picture and checkpoints/. Ctrl-C saves before it stops.
 
-To read: `training_step` is the method, `train` the loop around it, `job` what the command does.
+To read: `backward_whole` is the method, `training_step` and `update` the step around it, `train`
+the loop, `job` what the command does.
 Axes: B pairs of the global batch, b sequences of a chunk, T tokens, D hidden.
 """
 
@@ -24,8 +25,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import dataclasses
 import json
 import math
-import shlex
-import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -42,10 +41,10 @@ import data
 import eval
 import fast
 import lora
-from data import IMAGE_PROMPT, NO_PAIR, TEXT_PROMPT, Batch, Chunk
+from data import IMAGE_PROMPT, NO_PAIR, TEXT_PROMPT, Batch, Chunk, ResumableSampler
 from formats.files import InputError, read_json, write_whole
 from lora import trainable_parameters
-from losses import IGNORE, contrastive_loss, cross_entropy
+from losses import contrastive_loss, cross_entropy
 from runtime import checkpoints, memory, processes, resuming, signals
 from runtime.gallery import gallery
 from runtime.log import RunLog
@@ -188,16 +187,16 @@ def defaults(model: str) -> dict:
 # function to one of the two tables below, and its weight to TrainConfig.
 #
 # A loss of embeddings sees all pairs of the global batch, in every process, and returns the whole
-# loss. A loss of captions sees one chunk, and returns its share: a sum divided by num_tokens.
+# loss. A loss of captions sees one chunk, and returns its share: a sum divided by num_tokens, the
+# supervised tokens of all chunks in all processes.
 
 
 def contrastive(model, images, texts, config):
     """Short captions. images, texts: (B, D), row i of both a pair, of any length (norm)."""
     loss = contrastive_loss
     if config.fast:
-        loss = fast.twin(
-            loss
-        )  # the same numbers in less memory, or `loss` itself where they differ
+        # The same numbers in less memory; the plain loss itself where the two differ.
+        loss = fast.twin(loss)
     return loss(images, texts, model.log_scale.exp())
 
 
@@ -213,7 +212,7 @@ EMBEDDING_LOSSES = {"contrastive": contrastive}
 CAPTION_LOSSES = {"autoregressive": autoregressive}
 
 
-def weights_of(losses: dict, config: TrainConfig) -> dict[str, float]:
+def active_weights(losses: dict, config: TrainConfig) -> dict[str, float]:
     """The weights of those losses that are not left out, by name."""
     weights = {name: getattr(config, f"{name}_weight") for name in losses}
     return {name: weight for name, weight in weights.items() if weight > 0}
@@ -236,35 +235,32 @@ def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[s
         batch: this process's share of the global batch.
     Returns: the losses of the global batch by name, their weighted sum "loss", and "pairs".
     Raises: InputError where the batch has no captions for any of the losses."""
+    # Of all processes; batch.num_pairs and batch.num_tokens are this one's.
     counts = everyone((batch.num_pairs, batch.num_tokens))
-    num_pairs = sum(pairs for pairs, _ in counts)
-    num_tokens = sum(tokens for _, tokens in counts)
-    weights = choose_weights(num_pairs, num_tokens, batch, config)
-    if not any(name in weights for name in EMBEDDING_LOSSES):
-        batch = dataclasses.replace(batch, texts=[])  # only contrast reads the texts
-    if world_size() > 1:
-        batch = even_out(batch, model)
+    all_pairs = sum(pairs for pairs, _ in counts)
+    all_tokens = sum(tokens for _, tokens in counts)
+    weights = choose_weights(all_pairs, all_tokens, batch, config)
+    batch = even_out(without_unread_texts(batch, weights), model)
 
     backward = backward_cached if config.gradient_cache else backward_whole
-    losses = backward(model, batch, num_tokens, weights, config)
+    losses = backward(model, batch, all_tokens, weights, config)
+    add_up_processes(model, losses)
 
-    if world_size() > 1:
-        add_up_processes(model, losses)
-    result = dict.fromkeys((*EMBEDDING_LOSSES, *CAPTION_LOSSES), 0.0)
-    for name, loss in losses.items():
-        result[name] = loss.item()
+    result = {}
+    for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES):
+        result[name] = losses[name].item() if name in losses else 0.0
     result["loss"] = sum(weights[name] * result[name] for name in weights)
-    result["pairs"] = num_pairs
+    result["pairs"] = all_pairs
     return result
 
 
-def choose_weights(num_pairs, num_tokens, batch, config) -> dict[str, float]:
+def choose_weights(all_pairs, all_tokens, batch, config) -> dict[str, float]:
     """The weights, by name, of the losses that this batch has something for. Raises InputError."""
     weights = {}
-    if num_pairs:
-        weights.update(weights_of(EMBEDDING_LOSSES, config))
-    if num_tokens:
-        weights.update(weights_of(CAPTION_LOSSES, config))
+    if all_pairs:
+        weights.update(active_weights(EMBEDDING_LOSSES, config))
+    if all_tokens:
+        weights.update(active_weights(CAPTION_LOSSES, config))
     if not weights:
         raise InputError(
             "a batch has no captions for its losses; larger batches? "
@@ -273,66 +269,72 @@ def choose_weights(num_pairs, num_tokens, batch, config) -> dict[str, float]:
     return weights
 
 
-def backward_whole(model, batch, num_tokens, weights, config) -> dict[str, torch.Tensor]:
-    """One forward and one backward pass: the activations of all chunks are held at once."""
-    parts = prepare(model, batch)
-    losses = {name: torch.zeros((), device=model.device) for name in weights}
+def without_unread_texts(batch: Batch, weights: dict[str, float]) -> Batch:
+    """The batch; without its short captions where no loss of embeddings reads them."""
+    if any(name in weights for name in EMBEDDING_LOSSES):
+        return batch
+    return dataclasses.replace(batch, texts=[])
+
+
+def backward_whole(model, batch, all_tokens, weights, config) -> dict[str, torch.Tensor]:
+    """One forward and one backward pass: the activations of all chunks are held at once.
+
+    all_tokens: that long captions are predicted of, in the batches of all processes.
+    weights: of the losses that are computed, by name. Returns these losses, of this process."""
+    losses = {}
 
     # Embed: every image and every short caption goes through the model once.
     embeddings = []
-    for part in parts:
-        hidden, summaries = encode(model, part)
+    for chunk in prepare_chunks(model, batch):
+        hidden, summaries = encode(model, chunk)
         embeddings.append(summaries)
         # Caption: an image's states from the summary on predict its long caption.
-        for name, loss in caption_losses(model, part, hidden, num_tokens, weights, config).items():
-            losses[name] = losses[name] + loss
+        for name, loss in caption_losses(model, chunk, hidden, all_tokens, weights, config).items():
+            losses[name] = losses.get(name, 0.0) + loss
 
     # Contrast: every image with every short caption of the batch.
     losses |= embedding_losses(model, batch, embeddings, weights, config)
 
-    # Add, and go back.
     total = sum(weights[name] * losses[name] for name in weights)
     total.backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def backward_cached(model, batch, num_tokens, weights, config) -> dict[str, torch.Tensor]:
+def backward_cached(model, batch, all_tokens, weights, config) -> dict[str, torch.Tensor]:
     """`backward_whole` that holds the activations of ONE chunk at a time, whatever the batch.
 
     The gradient cache, arXiv 2101.06983: the same losses and gradients, for a second forward pass.
     """
-    parts = prepare(model, batch)
-    losses = {name: torch.zeros((), device=model.device) for name in weights}
+    chunks = prepare_chunks(model, batch)
 
     # Phase 1: the embeddings of the whole batch. Nothing is kept for a backward pass.
     with torch.no_grad():
-        embeddings = [embed(model, part, config) for part in parts]
+        embeddings = [embeddings_only(model, chunk, config) for chunk in chunks]
 
     # Phase 2: the gradient of the contrastive loss with respect to each embedding.
-    for rows in embeddings:
-        rows.requires_grad_()
-    contrasts = embedding_losses(model, batch, embeddings, weights, config)
-    if contrasts:
-        total = sum(weights[name] * loss for name, loss in contrasts.items())
+    for each in embeddings:
+        each.requires_grad_()
+    losses = embedding_losses(model, batch, embeddings, weights, config)
+    if losses:
+        total = sum(weights[name] * loss for name, loss in losses.items())
         total.backward()
-    losses |= contrasts
 
     # Phase 3: chunk by chunk once more, now with a backward pass. By the chain rule the gradient of
     # a parameter w is the sum of <gradient, d embedding / d w> over the embeddings. That is the
     # gradient of this surrogate, whose value means nothing.
-    for part, rows in zip(parts, embeddings):
-        hidden, summaries = encode(model, part)
-        gradient = torch.zeros_like(rows) if rows.grad is None else rows.grad
-        total = (summaries * gradient).sum()
-        for name, loss in caption_losses(model, part, hidden, num_tokens, weights, config).items():
-            losses[name] = losses[name] + loss.detach()
-            total = total + weights[name] * loss
-        total.backward()
+    for chunk, embedding in zip(chunks, embeddings):
+        hidden, summaries = encode(model, chunk)
+        gradient = torch.zeros_like(embedding) if embedding.grad is None else embedding.grad
+        surrogate = (summaries * gradient).sum()
+        for name, loss in caption_losses(model, chunk, hidden, all_tokens, weights, config).items():
+            losses[name] = losses.get(name, 0.0) + loss.detach()
+            surrogate = surrogate + weights[name] * loss
+        surrogate.backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
 @dataclass
-class Part:
+class PreparedChunk:
     """A chunk, and what it takes to send it through the model twice in the same way."""
 
     chunk: Chunk
@@ -340,11 +342,12 @@ class Part:
     seed: int  # of the dropout masks
 
 
-def prepare(model: nn.Module, batch: Batch) -> list[Part]:
-    """The parts of a batch, images first."""
+def prepare_chunks(model: nn.Module, batch: Batch) -> list[PreparedChunk]:
+    """The chunks of a batch, images first."""
     chunks = batch.images + batch.texts
+    # Drawn from the run's generator, which `encode` seeds anew: so a step's follow from the last's.
     seeds = torch.randint(2**62, (len(chunks),)).tolist()
-    parts = []
+    prepared = []
     for chunk, seed in zip(chunks, seeds):
         features = None
         if chunk.pixel_values is not None:
@@ -352,55 +355,66 @@ def prepare(model: nn.Module, batch: Batch) -> list[Part]:
             with torch.no_grad():
                 pixel_values = data.move_images(chunk.pixel_values, model.device)
                 features = model.image_features(pixel_values)
-        parts.append(Part(chunk, features, seed))
-    return parts
+        prepared.append(PreparedChunk(chunk, features, seed))
+    return prepared
 
 
-def encode(model: nn.Module, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(model: nn.Module, prepared: PreparedChunk) -> tuple[torch.Tensor, torch.Tensor]:
     """-> hidden states (b, T, D), and the embeddings (b, D): those at the summary positions."""
-    torch.manual_seed(part.seed)  # so that the gradient cache draws the same masks twice
-    input_ids = part.chunk.input_ids.to(model.device)
-    summary = part.chunk.summary.to(model.device)
-    hidden = model(input_ids, image_features=part.image_features)
+    torch.manual_seed(prepared.seed)  # so that the gradient cache draws the same masks twice
+    input_ids = prepared.chunk.input_ids.to(model.device)
+    summary = prepared.chunk.summary.to(model.device)  # (b,), the position in each sequence
+    hidden = model(input_ids, image_features=prepared.image_features)
     rows = torch.arange(len(hidden), device=model.device)
     return hidden, hidden[rows, summary]
 
 
-def embed(model: nn.Module, part: Part, config: TrainConfig) -> torch.Tensor:
-    """The embeddings (b, D) of a part, by the shortest way: nothing behind the summary matters."""
+def embeddings_only(model: nn.Module, prepared: PreparedChunk, config: TrainConfig) -> torch.Tensor:
+    """The embeddings (b, D) by the shortest way: nothing after the summary matters to them."""
     if config.lora_rank and config.lora_dropout:
         # Dropout masks are drawn for whole sequences; phase 3 must draw the same ones.
-        return encode(model, part)[1]
-    end = int(part.chunk.summary.max()) + 1
-    prefix = dataclasses.replace(part.chunk, input_ids=part.chunk.input_ids[:, :end])
-    return encode(model, dataclasses.replace(part, chunk=prefix))[1]
+        _, embeddings = encode(model, prepared)
+        return embeddings
+    chunk = prepared.chunk
+    end = int(chunk.summary.max()) + 1
+    prefix = dataclasses.replace(chunk, input_ids=chunk.input_ids[:, :end])
+    _, embeddings = encode(model, dataclasses.replace(prepared, chunk=prefix))
+    return embeddings
 
 
-def caption_losses(model, part, hidden, num_tokens, weights, config) -> dict[str, torch.Tensor]:
-    """A part's share of the losses of long captions, by name; none where the part is texts."""
-    if part.chunk.labels is None:
+def caption_losses(model, prepared, hidden, all_tokens, weights, config) -> dict[str, torch.Tensor]:
+    """A chunk's share of the losses of long captions, by name; none where the chunk is texts."""
+    if prepared.chunk.labels is None:
         return {}
-    labels = part.chunk.labels.to(model.device)
-    names = [name for name in CAPTION_LOSSES if name in weights]
-    return {name: CAPTION_LOSSES[name](model, hidden, labels, num_tokens, config) for name in names}
+    labels = prepared.chunk.labels.to(model.device)
+    found = {}
+    for name, loss in CAPTION_LOSSES.items():
+        if name in weights:
+            found[name] = loss(model, hidden, labels, all_tokens, config)
+    return found
 
 
 def embedding_losses(model, batch, embeddings, weights, config) -> dict[str, torch.Tensor]:
     """The losses of all embeddings, by name. embeddings: (b, D) of each chunk, images first."""
-    names = [name for name in EMBEDDING_LOSSES if name in weights]
-    if not names:
+    if not any(name in weights for name in EMBEDDING_LOSSES):
         return {}
-    number = len(batch.images)
-    images = in_order_of_pairs(batch.images, embeddings[:number], batch.num_pairs)
-    texts = in_order_of_pairs(batch.texts, embeddings[number:], batch.num_pairs)
+    num_image_chunks = len(batch.images)
+    images = in_order_of_pairs(batch.images, embeddings[:num_image_chunks], batch.num_pairs)
+    texts = in_order_of_pairs(batch.texts, embeddings[num_image_chunks:], batch.num_pairs)
     # The negatives come from the global batch: (num_pairs, D) of each process -> (B, D).
     images = gather_rows(images)
     texts = gather_rows(texts)
-    return {name: EMBEDDING_LOSSES[name](model, images, texts, config) for name in names}
+    found = {}
+    for name, loss in EMBEDDING_LOSSES.items():
+        if name in weights:
+            found[name] = loss(model, images, texts, config)
+    return found
 
 
 def in_order_of_pairs(chunks: list[Chunk], embeddings: list, num_pairs: int) -> torch.Tensor:
-    """Embeddings (b, D) of chunks, which were sorted by length -> (num_pairs, D), by pair."""
+    """Embeddings (b, D) of each chunk -> (num_pairs, D): row i is that of pair i.
+
+    (Chunks are sorted by length, separately for images and for texts.)"""
     rows = torch.cat(embeddings)
     pair = torch.cat([chunk.pair for chunk in chunks]).to(rows.device)
     has_partner = pair != NO_PAIR  # an image without a short caption has none
@@ -412,47 +426,38 @@ def in_order_of_pairs(chunks: list[Chunk], embeddings: list, num_pairs: int) -> 
 
 
 def even_out(batch: Batch, model: nn.Module) -> Batch:
-    """As many chunks in each process as in the one with most, by chunks that teach nothing.
+    """Give every process as many chunks as the one with most has; the added ones teach nothing.
 
-    Sharded layers (--shard) meet in every forward pass, so all processes must do as many."""
+    Sharded layers (--shard) meet in every forward pass, so all processes must do as many. And one
+    whose pictures could all not be read would have no embeddings at all."""
+    if world_size() == 1:
+        return batch
     counts = everyone((len(batch.images), len(batch.texts)))
     most_images = max(images for images, _ in counts)
     most_texts = max(texts for _, texts in counts)
     images = [*batch.images]
     texts = [*batch.texts]
     while len(images) < most_images:
-        images.append(empty_image_chunk(model.config))
+        images.append(data.empty_image_chunk(model.config))
     while len(texts) < most_texts:
-        texts.append(empty_text_chunk())
+        texts.append(data.empty_text_chunk())
     return dataclasses.replace(batch, images=images, texts=texts)
-
-
-def empty_text_chunk() -> Chunk:
-    """One token, in no pair."""
-    return Chunk(torch.zeros(1, 1, dtype=torch.long), torch.tensor([0]), torch.tensor([NO_PAIR]))
-
-
-def empty_image_chunk(config) -> Chunk:
-    """One image, in no pair and without a caption."""
-    side = config.vision.image_size
-    tokens = config.num_image_tokens
-    if callable(tokens):  # a backbone whose images differ in size
-        tokens = tokens(side, side)
-    input_ids = torch.full((1, tokens), config.image_token_id)
-    labels = torch.full((1, tokens), IGNORE)
-    pixel_values = torch.zeros(1, 3, side, side)
-    summary = torch.tensor([tokens - 1])
-    return Chunk(input_ids, summary, torch.tensor([NO_PAIR]), labels, pixel_values)
 
 
 def add_up_processes(model: nn.Module, losses: dict[str, torch.Tensor]) -> None:
     """Add up over the processes, in place and in one message, what each has computed of its own
-    rows: gradients, and the losses of captions. The contrastive loss is complete in each."""
+    rows: gradients, and the losses of captions.
+
+    The contrastive loss is complete in each process, but its gradient goes back through its own
+    rows only: so gradients are summed, not averaged."""
+    if world_size() == 1:
+        return
     tensors = [losses[name] for name in CAPTION_LOSSES if name in losses]
     of_losses = lora.loss_parameters(model)
     for name, parameter in trainable_parameters(model).items():
         if name in of_losses and parameter.grad is not None:
-            # Complete as well, so that the sum would be too much.
+            # The temperature's is complete in each as well. It is summed with the rest, so that the
+            # processes cannot drift apart by rounding.
             parameter.grad /= world_size()
         elif name not in of_losses and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)  # this process had nothing for it
@@ -533,9 +538,9 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def update(model, optimizer, step: int, config: TrainConfig) -> float:
-    """One step of the optimiser with the gradients there are. Returns their norm before clipping.
+    """One step of the optimiser with the current gradients -> their norm before clipping.
 
-    Where it is not finite, nothing is changed."""
+    Where that is not finite, nothing moves."""
     factor = learning_rate_factor(step, config)
     parameters = []
     for group in optimizer.param_groups:
@@ -550,16 +555,21 @@ def update(model, optimizer, step: int, config: TrainConfig) -> float:
     return norm
 
 
-def make_batches(embedder, config: TrainConfig, dataset, first_step: int) -> DataLoader:
-    """This process's share of each batch, from `first_step` on: a function of seed and step."""
+def make_sampler(dataset, config: TrainConfig, first_step: int, places=None) -> ResumableSampler:
+    """Which records the batches hold, from `first_step` on: a function of seed and step alone.
+
+    places: of a batch, that are wanted; None: all of it."""
     units = dataset.units if config.groups else range(len(dataset))
+    return ResumableSampler(units, config.batch_size, config.steps, config.seed, first_step, places)
+
+
+def make_batches(embedder, config: TrainConfig, dataset, first_step: int) -> DataLoader:
+    """This process's share of each batch, from `first_step` on."""
     places = range(rank(), config.batch_size, world_size())
-    sampler = data.ResumableSampler(
-        units, config.batch_size, config.steps, config.seed, first_step, places
-    )
+    sampler = make_sampler(dataset, config, first_step, places)
     # GPUs like few and round lengths.
     multiple = 32 if embedder.model.device.type == "cuda" else 1
-    caption_share = config.caption_share if weights_of(CAPTION_LOSSES, config) else 0.0
+    caption_share = config.caption_share if active_weights(CAPTION_LOSSES, config) else 0.0
 
     collate = partial(
         data.collate,
@@ -612,27 +622,24 @@ def train(
             losses = training_step(model, batch, config)
             if step == first_step:
                 say_what_no_loss_reaches(model)
-            norm = update(model, optimizer, step, config)  # changes nothing if not finite
-            if not math.isfinite(losses["loss"] + norm):
+            norm = update(model, optimizer, step, config)
+            if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
                 raise diverged(step, losses, norm, config, dataset, out)
 
-            without_negatives += losses["pairs"] < 2
+            if losses["pairs"] < 2:
+                without_negatives += 1
             line = log_line(step, batch, losses, norm, model, config)
             log.write(line)
             bar.set_postfix_str(in_short(line), refresh=False)
             done = step + 1
-            # A few unreadable files are life; more are a wrong --image_root.
-            if len(log.skipped) > max(10, 0.01 * done * config.batch_size):
-                number = len(log.skipped)
-                last = log.skipped[-1]
-                raise InputError(f"{number} records could not be used, the last one: {last}")
+            log.refuse_too_many_skipped(done * config.batch_size)
 
-            stopped = max(everyone(stop.received))  # a signal may have reached one process only
+            stopped = stop.received_anywhere()
             is_due = config.save_every > 0 and done % config.save_every == 0
             if stopped or is_due or done == config.steps:
                 save(embedder, optimizer, done, config, out, fingerprint)
             if stopped:
-                say_how_to_go_on(stopped, done, out)
+                signals.say_how_to_go_on(stopped, done, out)
                 sys.exit(128 + stopped)
     model.eval()
     for reason in log.skipped:
@@ -646,28 +653,22 @@ def save(
     embedder, optimizer, step: int, config: TrainConfig, out: Path, fingerprint: dict | None = None
 ) -> None:
     """Write checkpoints/step-N into the run folder. `fingerprint`: of the data."""
-
     model = embedder.model
-
-    def write_adapter(folder: Path) -> None:
-        lora.save_adapter(model, folder, embedder.notes)
-
     checkpoints.save(
         out,
         step,
         trainable_parameters(model),
         lora.loss_parameters(model),
         optimizer,
-        write_adapter,
-        {"seed": config.seed, "data": fingerprint},
-        config.keep,
+        write_adapter=partial(lora.save_adapter, model, notes=embedder.notes),
+        notes={"seed": config.seed, "data": fingerprint},
+        keep=config.keep,
     )
 
 
 def say_memory(model: nn.Module, batch: Batch, config: TrainConfig) -> None:
     """What training will take, by its first batch."""
-    if not weights_of(EMBEDDING_LOSSES, config):
-        batch = dataclasses.replace(batch, texts=[])  # as training_step does
+    batch = without_unread_texts(batch, active_weights(EMBEDDING_LOSSES, config))
     _, free = memory.held_and_free(model.device)
     memory.report(memory.estimate(config, model, batch), free)
 
@@ -687,9 +688,8 @@ def say_what_no_loss_reaches(model: nn.Module) -> None:
 def diverged(step: int, losses: dict, norm: float, config, dataset, out: Path) -> InputError:
     """What to say of a loss or gradient that is not finite: where, of what, and what is left."""
     # The batch of a step can be drawn again at any time, here the whole of it.
-    units = dataset.units if config.groups else range(len(dataset))
-    sampler = data.ResumableSampler(units, config.batch_size, config.steps, config.seed, step)
-    records = sorted(record for record, _ in next(iter(sampler)))
+    batch = next(iter(make_sampler(dataset, config, step)))
+    records = sorted(record for record, _ in batch)
     names = ("loss", *EMBEDDING_LOSSES, *CAPTION_LOSSES)
     of_losses = ", ".join(f"{name} {losses[name]}" for name in names)
     return InputError(
@@ -726,15 +726,6 @@ def in_short(line: dict) -> str:
     return f"{', '.join(losses)} ({chance}), temperature {line['temperature']:.3f}, {speed}"
 
 
-def say_how_to_go_on(stopped: int, done: int, out: Path) -> None:
-    command = "python"
-    if world_size() > 1:
-        command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
-    name = signal.Signals(stopped).name
-    tqdm.write(f"{name}: stopped behind step {done}, and saved. This goes on:")
-    tqdm.write(f"  {command} train.py --resume --out {shlex.quote(str(out))}")
-
-
 # ---- The job: table, training, table
 
 TOY = Path(__file__).parent / "toy" / "data"
@@ -743,43 +734,20 @@ TOY = Path(__file__).parent / "toy" / "data"
 def job(config: TrainConfig) -> None:
     """What `python train.py` does. Raises InputError."""
     began = time.perf_counter()
-    device, dtype = eval.pick_device(config.device or None)
-    device = processes.start(device)
-    if dtype == torch.float16:
-        dtype = torch.float32  # fp16 would need losses scaled up
-    chosen = "as asked for" if config.device else "the best device here"
-    precision = str(dtype).removeprefix("torch.")
-    print(f"training on {device} ({chosen}) in {precision}, {world_size()} process(es)")
-    config.check(device)
-
+    device, dtype = start(config)
     out = Path(config.out)
     checkpoints.check_run_folder(out)
-    checkpoint = find_checkpoint(out) if config.resume else None
+    checkpoint = checkpoints.to_go_on_from(out) if config.resume else None
 
-    data_path = config.data
-    tests = config.tests
-    score = None
-    if not data_path:
-        data_path, toy_tests, score = draw_toy_world()
-        tests = tests or toy_tests
-    if tests == "none":
-        tests = ""
-    _, _, layout, processor = eval.read_folder(
-        config.model, config.image_prompt, config.text_prompt, config.max_pixels
-    )
-    dataset = data.CaptionDataset(
-        data_path, layout, processor, config.image_root or None, config.contrast
-    )
-    if checkpoint:
-        resuming.refuse_changed_data(
-            checkpoint, data_path, dataset.fingerprint(), config.changed_data
-        )
+    # Small files first: a fault in the data must show before gigabytes of weights are read.
+    data_path, tests, score = choose_data(config)
+    dataset = open_dataset(config, data_path, checkpoint)
     embedder = load_and_adapt(config, device, dtype, checkpoint)
 
-    # The base model first: with adapters off it is what it was, to the last bit.
     digest = resuming.digest_of_tests(tests)
     before = resuming.measured_before(out, digest) if checkpoint else None
     if before is None:
+        # The base model first: with adapters off it is what it was, to the last bit.
         with lora.adapters_disabled(embedder.model):
             before = measure(embedder, tests, score)
     if before["tables"]:
@@ -808,16 +776,46 @@ def job(config: TrainConfig) -> None:
     print("  python train.py --help")
 
 
-def find_checkpoint(out: Path) -> Path | None:
-    """The checkpoint to go on from, None before the first. Raises InputError."""
-    checkpoint = checkpoints.newest(out)
-    names = everyone(checkpoint.name if checkpoint else None)
-    if len(set(names)) > 1:
-        raise InputError(
-            f"--resume: not every process finds the same checkpoint in {out}; "
-            "it must be a shared folder"
-        )
-    return checkpoint
+def start(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+    """Meet the other processes, check the settings -> where and in which precision to train."""
+    device, dtype = eval.pick_device(config.device or None)
+    device = processes.start(device)
+    if dtype == torch.float16:
+        dtype = torch.float32  # fp16 would need losses scaled up
+    chosen = "as asked for" if config.device else "the best device here"
+    precision = str(dtype).removeprefix("torch.")
+    print(f"training on {device} ({chosen}) in {precision}, {world_size()} process(es)")
+    config.check(device)
+    return device, dtype
+
+
+def choose_data(config: TrainConfig) -> tuple[str, str, object]:
+    """The training data, a tests.json ("": no tables), and what scores captions (None: nothing).
+
+    Without --data it is the toy world, drawn where it is missing."""
+    if config.data:
+        tests = "" if config.tests == "none" else config.tests
+        return config.data, tests, None
+    data_path, toy_tests, score = draw_toy_world()
+    tests = config.tests or toy_tests
+    return data_path, "" if tests == "none" else tests, score
+
+
+def open_dataset(
+    config: TrainConfig, data_path: str, checkpoint: Path | None
+) -> data.CaptionDataset:
+    """The training data, laid out for the model. Raises InputError; also where a run would go on
+    with other data than it began with."""
+    _, _, layout, processor = eval.read_folder(
+        config.model, config.image_prompt, config.text_prompt, config.max_pixels
+    )
+    dataset = data.CaptionDataset(
+        data_path, layout, processor, config.image_root or None, config.contrast
+    )
+    if checkpoint:
+        now = dataset.fingerprint()
+        resuming.refuse_changed_data(checkpoint, data_path, now, config.changed_data)
+    return dataset
 
 
 def draw_toy_world() -> tuple[str, str, object]:

@@ -343,10 +343,10 @@ def make_rungs(config: LlavaConfig, pairs: int, micro_batch: int, dtype: torch.d
     add("gradient cache", leaner, step, train.backward_cached, before=all_held)
 
     step = partial(two_passes, batch=batch, keep_features=True, **parts)
-    add("image features once a step", leaner, step, train.prepare)
+    add("image features once a step", leaner, step, train.prepare_chunks)
 
     step = partial(two_passes, batch=batch, keep_features=True, prefix_only=True, **parts)
-    add("first pass on the prefix only", leaner, step, train.embed)
+    add("first pass on the prefix only", leaner, step, train.embeddings_only)
     cached = rungs[-1].name
 
     again = partial(checkpointed, step=step)

@@ -86,6 +86,20 @@ def newest(out: Path) -> Path | None:
     return latest.parent / name
 
 
+def to_go_on_from(out: Path) -> Path | None:
+    """The newest checkpoint, in every process the same; None before the first.
+
+    Raises InputError where processes see different ones."""
+    checkpoint = newest(out)
+    names = everyone(checkpoint.name if checkpoint else None)
+    if len(set(names)) > 1:
+        raise InputError(
+            f"--resume: not every process finds the same checkpoint in {out}; "
+            "it must be a shared folder"
+        )
+    return checkpoint
+
+
 # ---- Saving
 
 

@@ -47,6 +47,15 @@ class RunLog:
         self.file.write(json.dumps(line) + "\n")
         self.skipped += line["skipped"]
 
+    def refuse_too_many_skipped(self, read: int) -> None:
+        """A few unreadable files are life; more are a wrong --image_root.
+
+        Raises InputError where more than ten, and more than 1 % of the records `read`, could not be
+        used."""
+        if len(self.skipped) > max(10, 0.01 * read):
+            found = f"{len(self.skipped)} records could not be used"
+            raise InputError(f"{found}, the last one: {self.skipped[-1]}")
+
 
 def read_log(path: Path, steps: int) -> list[dict]:
     """The first `steps` lines of a log. Raises InputError."""

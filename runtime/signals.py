@@ -1,6 +1,13 @@
 """Ctrl-C and SIGTERM end a training run between two steps, never inside of one."""
 
+import os
+import shlex
 import signal
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime.processes import everyone, world_size
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -11,7 +18,7 @@ class StopRequests:
     with StopRequests() as stop:
         for batch in batches:
             ...
-            if stop.received: ..."""
+            if stop.received_anywhere(): ..."""
 
     def __init__(self):
         self.received = 0
@@ -24,8 +31,22 @@ class StopRequests:
     def note(self, number: int, frame) -> None:
         self.received = number
 
+    def received_anywhere(self) -> int:
+        """The same answer in all processes: a signal may have reached one of them only."""
+        return max(everyone(self.received))
+
     def __exit__(self, *error) -> None:
         interrupt_at_once()
+
+
+def say_how_to_go_on(received: int, done: int, out: Path) -> None:
+    """After a signal, `done` steps, and a checkpoint in the run folder `out`."""
+    command = "python"
+    if world_size() > 1:
+        command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    name = signal.Signals(received).name
+    tqdm.write(f"{name}: stopped behind step {done}, and saved. This goes on:")
+    tqdm.write(f"  {command} train.py --resume --out {shlex.quote(str(out))}")
 
 
 def interrupt_at_once() -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 import backbones
 import eval
 import train
-from data import CaptionDataset, collate, open_image, stack_images
+from data import CaptionDataset, collate, empty_image_chunk, open_image, stack_images
 from formats.files import InputError
 from lora import (
     LoRAConfig,
@@ -362,7 +362,7 @@ def test_ways_to_save_memory_change_nothing(made, tmp_path, change):
 def test_a_chunk_that_teaches_nothing(made):
     """What evens out several processes is a picture the model takes."""
     _, _, _, embedder = made
-    chunk = train.empty_image_chunk(embedder.model.config)
+    chunk = empty_image_chunk(embedder.model.config)
     hidden = embedder.model(chunk.input_ids, chunk.pixel_values)
     assert hidden.isfinite().all() and (chunk.labels < 0).all()
 
