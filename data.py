@@ -301,7 +301,7 @@ class Layout:
             self.image_prompt = list(range(soft_start, border))
             self.text_prompt = list(range(border, end))
 
-        # What stands in front of an image's tokens, and behind them.
+        # What stands in front of an image's tokens, and after them.
         first_turn = tokenizer.begin + self.fill(template.first_turn)
         place = first_turn.index(self.image_id)
         self.before_image = first_turn[:place]
@@ -1023,7 +1023,7 @@ def make_chunks(sequences: list[Sequence], micro_batch: int, multiple: int) -> l
 def make_chunk(sequences: list[Sequence], multiple: int) -> Chunk:
     longest = max(len(sequence.ids) for sequence in sequences)
     width = math.ceil(longest / multiple) * multiple
-    # Any id may pad: attention is causal, so no real token sees what stands behind it.
+    # Any id may pad: attention is causal, so no real token sees what comes after it.
     padded = [sequence.ids + [0] * (width - len(sequence.ids)) for sequence in sequences]
     input_ids = torch.tensor(padded)  # (b, T)
     lengths = torch.tensor([len(sequence.ids) for sequence in sequences])  # (b,)

@@ -13,8 +13,8 @@ Everything else is frozen.
 LoRA: arXiv 2106.09685. Soft prompts start as the embeddings of the hand-written prompts, as in the
 paper.
 
-What is here is what one reads in a lesson. A training run computes the same numbers with less
-memory (fast/lean.py), and may hold the frozen layers in 8 bits (fast/int8.py).
+This is the version to read and to change. A training run computes the same numbers with less memory
+(fast/lean.py), and may hold the frozen layers in 8 bits (fast/int8.py).
 
 Axes: B batch, T tokens, D hidden, R rank, V vocabulary, P tokens of both prompts.
 """
@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
 
 # ---- Soft prompts
 class SoftPrompt(nn.Module):
-    """A token embedding with P learnable rows behind the vocabulary: id V + i is prompt token i.
+    """A token embedding with P learnable rows after the vocabulary: id V + i is prompt token i.
 
     The rows start as the embeddings of the hand-written prompts' tokens; disabled, they are exactly
     those again. The table of the vocabulary keeps its name, `embed_tokens.weight`."""

@@ -255,7 +255,7 @@ class VisionEncoder(nn.Module):
 class VisionTower(nn.Module):
     """A vision transformer that ends at LLaVA's feature layer.
 
-    The layers behind it are neither held nor computed, and no norm follows."""
+    The layers after it are neither held nor computed, and no norm follows."""
 
     def __init__(self, config: VisionConfig, num_layers: int):
         super().__init__()
@@ -463,7 +463,7 @@ class LanguageModel(nn.Module):
 class KVCache:
     """Keys and values of the tokens that a batch of conversations has seen.
 
-    `tokens[b]` are the ids that row b holds, and rows may differ in length. What lies behind a
+    `tokens[b]` are the ids that row b holds, and rows may differ in length. What lies after a
     row's last token is padding: it is masked out, and the row's next tokens overwrite it.
 
     keys, values: (layers, B, K, capacity, head_dim)."""
@@ -728,7 +728,7 @@ class Llava(nn.Module):
 
 
 def uncached_tokens(prompts: list[list[int]], cache: KVCache) -> list[list[int]]:
-    """What each prompt says behind the tokens that the cache holds. Raises ValueError."""
+    """What each prompt says after the tokens that the cache holds. Raises ValueError."""
     if len(prompts) != len(cache.tokens):
         raise ValueError(f"{len(prompts)} prompts for a cache of {len(cache.tokens)} rows")
     new_tokens = []
@@ -736,7 +736,7 @@ def uncached_tokens(prompts: list[list[int]], cache: KVCache) -> list[list[int]]
         rest = prompt[len(seen) :]
         if not rest or prompt[: len(seen)] != seen:
             raise ValueError(
-                "a prompt must begin with the tokens that the cache holds, and go on behind them"
+                "a prompt must begin with the tokens that the cache holds, and go on after them"
             )
         new_tokens.append(rest)
     return new_tokens

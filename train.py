@@ -515,7 +515,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             of_lora.append(parameter)
         elif name.startswith("language_model.embed_tokens."):
             soft_prompts.append(parameter)
-        elif name not in of_losses:  # no file of a checkpoint would hold it
+        elif name not in of_losses:  # no checkpoint would save it
             raise InputError(
                 f"{name} trains, but is of no LoRA and no soft prompt; a parameter of a loss "
                 "must be the model's own, as lora.add_temperature adds one"

@@ -10,10 +10,10 @@ docs/your-own-backbone.md adds one step by step, and says which models are not s
 
 Beside the members below, two properties of the computation are part of the contract:
 
-  causal    A hidden state depends on its own token and those in front of it, never on those
-            behind. So right padding needs no mask, and one forward pass of an image's sequence
+  causal    A hidden state depends on its own token and those before it, never on those
+            after it. So right padding needs no mask, and one forward pass of an image's sequence
             gives both its embedding (at the summary position) and the states that predict the
-            caption behind it. A prefix that sees itself in both directions does not fit.
+            caption after it. A prefix that sees itself in both directions does not fit.
   a head    `logits(hidden)` is hidden @ lm_head.weight.T: no bias, no cap.
   a Module  The class is a torch.nn.Module whose parameters are the base model's weights and
             nothing else. What is trained is added from outside (lora.py).

@@ -196,7 +196,7 @@ def faults_of(config: SmolVLMConfig, raw: dict) -> list[str]:
 
 # ---- Vision tower
 class SmolVLMVisionTower(VisionTower):
-    """All layers of a SigLIP, and the norm behind them."""
+    """All layers of a SigLIP, and the norm after them."""
 
     def __init__(self, config: VisionConfig):
         super().__init__(config, config.num_hidden_layers)

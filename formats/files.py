@@ -232,7 +232,7 @@ def allowed_roots() -> list[Path]:
 def as_on_disk(root: Path, name: str) -> str:
     """The spelling of a path under which there is a file; the name itself where there is none."""
     slashed = name.replace("\\", "/")
-    # A Mac writes an accent behind its letter (NFD), most others write one letter for both (NFC).
+    # A Mac writes an accent after its letter (NFD), most others write one letter for both (NFC).
     for spelling in (name, slashed):
         for form in (None, "NFC", "NFD"):
             candidate = unicodedata.normalize(form, spelling) if form else spelling

@@ -347,7 +347,7 @@ def canonical_name(name: str) -> str:
     mixed   language_model.model.layers  language_model.lm_head  vision_tower.
     ours    language_model.layers        lm_head                 vision_tower.
 
-    The projector is multi_modal_projector in all of them, behind `model.` in new and newest."""
+    The projector is multi_modal_projector in all of them, after `model.` in new and newest."""
     name = re.sub(r"^model\.(?=(language_model|vision_tower|multi_modal_projector)\.)", "", name)
     name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
     name = re.sub(r"^language_model\.model\.", "language_model.", name)
@@ -363,7 +363,7 @@ def old_name(name: str) -> str:
 
 def is_unused(name: str, config) -> bool:
     """Tensors that checkpoints hold and LLaVA never reads, by their canonical name."""
-    # Vision layers behind the feature layer.
+    # Vision layers after the feature layer.
     layer = re.match(r"vision_tower\.encoder\.layers\.(\d{1,4})\.", name)
     if layer:
         return config.num_vision_layers <= int(layer[1]) < config.vision.num_hidden_layers
@@ -514,7 +514,7 @@ def write_llava(
     """Write a new LLaVA folder.
 
     tensors: by the names of `Llava.state_dict()`; the rest as in `write_folder`."""
-    # transformers wants the norm behind the vision tower, though LLaVA never applies it: here is
+    # transformers wants the norm after the vision tower, though LLaVA never applies it: here is
     # one that does nothing.
     width = config["vision_config"]["hidden_size"]
     dtype = tensors["lm_head.weight"].dtype

@@ -204,7 +204,7 @@ def captions_of_metadata(fields: dict) -> list:
 
 
 def ends_here(tar: tarfile.TarFile) -> bool:
-    """Are there only zeros behind where Python's reader stopped?
+    """Are there only zeros after the place where Python's reader stopped?
 
     It stops at the end of an archive, but without a word also at a header that it cannot read."""
     tar.fileobj.seek(tar.offset)

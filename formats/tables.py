@@ -31,7 +31,7 @@ def read_table(path: Path, left_out: LeftOut) -> Iterator[dict]:
         delimiter = delimiter_of(path, header)
         lines = KeptLines(header, file)
         csv.field_size_limit(LONGEST_CELL)
-        # strict: else a quote that never ends swallows the rows behind it without a word.
+        # strict: else a quote that never ends swallows the rows after it without a word.
         rows = csv.reader(
             lines, delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t"
         )
@@ -57,7 +57,7 @@ def read_table(path: Path, left_out: LeftOut) -> Iterator[dict]:
                     "captions": [row[index] for index in captions if row[index].strip()],
                 }
         except csv.Error as error:
-            place = f"{path}, behind line {begins}"
+            place = f"{path}, after line {begins}"
             raise InputError(f"{place}: {error}; {QUOTES}") from None
 
 

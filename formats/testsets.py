@@ -166,7 +166,7 @@ def read_imagenet(
     - a JSON object from folders to names, or from anything to [folder, name];
     - None: the folders' names are the classes' names.
 
-    Of synonyms behind a folder, the first is the name."""
+    Of synonyms after a folder, the first is the name."""
     root = Path(root)
     left_out = LeftOut() if left_out is None else left_out
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -269,7 +269,7 @@ def classes_of_lines(path: Path, lines: list[str], folders: list[str]) -> list[s
         name_of = {pair[-1]: pair[0] for pair in pairs}
         if set(folders) <= set(name_of):
             return [first_synonym(name_of[folder]) for folder in folders]
-        # Not behind a space: "digit 0", "digit 1" are names.
+        # Not after a space: "digit 0", "digit 1" are names.
         if separator != r"\s" and len(name_of) == len(lines):
             classes = counted(name_of)
             if classes:
@@ -305,7 +305,7 @@ def refuse_some_ids(path: Path, lines: list[str], folders: list[str]) -> None:
         is_key = len(words) > 1 and words[0] in known
         if is_key or re.match(r"n\d{8}\b", line) or re.match(r"\d+\s*[:,;\t]", line):
             found = f"line {number} begins with an id, {words[0]!r}"
-            advice = "give each of the folders a line with its name behind it"
+            advice = "give each of the folders a line with its name after it"
             raise InputError(f"{path}: {found}, but not every folder has one; {advice}")
 
 

@@ -45,7 +45,7 @@ def say_how_to_go_on(received: int, done: int, out: Path) -> None:
     if world_size() > 1:
         command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
     name = signal.Signals(received).name
-    tqdm.write(f"{name}: stopped behind step {done}, and saved. This goes on:")
+    tqdm.write(f"{name}: stopped after step {done}, and saved. This goes on:")
     tqdm.write(f"  {command} train.py --resume --out {shlex.quote(str(out))}")
 
 

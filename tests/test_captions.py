@@ -173,13 +173,13 @@ def test_a_table_without_the_columns(tmp_path, images):
 def test_a_quote_that_never_ends_is_told(tmp_path, images):
     """It would swallow the rows behind it into one caption."""
     text = 'image\tcaption\na.jpg\t"he said\ndeep/b.jpg\tfine\n000000000009.jpg\tfine\n'
-    with pytest.raises(InputError, match="t.tsv, behind line 1.*quotes"):
+    with pytest.raises(InputError, match="t.tsv, after line 1.*quotes"):
         converted(write(tmp_path, "t.tsv", text), tmp_path, images)
 
 
 def test_a_quote_in_the_first_line_is_told(tmp_path, images):
     """The names of the columns may be what is broken."""
-    with pytest.raises(InputError, match="t.csv, behind line 0.*quotes"):
+    with pytest.raises(InputError, match="t.csv, after line 0.*quotes"):
         converted(write(tmp_path, "t.csv", '"image"x,caption\na.jpg,fine\n'), tmp_path, images)
 
 

@@ -125,7 +125,7 @@ REFUSED = {
     "tables/backslash.csv": "1 no such picture .the first: sub",
     "tables/cp1252.csv": "line 2: not UTF-8, perhaps Windows' cp1252",
     "tables/quote_balance.tsv": "line 2: .* whole rows",
-    "tables/quote_first.tsv": "behind line 1: .*quotes",
+    "tables/quote_first.tsv": "after line 1: .*quotes",
     "tables/unquoted_commas.csv": "line 2: 4 cells for 2 columns",
     "linked-data-folders/playground/data/llava.json": "no such picture|through a link",
     # No sources of captions.

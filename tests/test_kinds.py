@@ -205,7 +205,7 @@ def test_columns_that_are_not_read_are_told(tmp_path, images):
         ("t.tsv", 'image\tcaption\na.jpg\t"Stop\nb\tplain\nc\tthe end"\n', "line 2.*whole rows"),
         ("t.tsv", 'caption\timage\n"Stop\ta.jpg\nthe end"\ta.jpg\n', "line 2.*whole rows"),
         ("t.csv", 'image,caption\na.jpg,"Stop\nb.jpg,the end"\n', "line 2.*whole rows"),
-        ("t.tsv", 'image\tcaption\na.jpg\t"Cheese" they say\n', "behind line 1.*quotes"),
+        ("t.tsv", 'image\tcaption\na.jpg\t"Cheese" they say\n', "after line 1.*quotes"),
     ],
 )
 def test_tables_that_are_refused_with_the_line(tmp_path, images, name, text, message):
