@@ -720,10 +720,11 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
 
 def in_short(line: dict) -> str:
     """A line of the log for the progress bar."""
-    losses = [f"{name} {line[name]:.3f}" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
-    chance = f"chance {line['chance']:.2f}"  # of the contrastive loss, the first one
-    speed = f"{line['pairs_per_second']:.0f} pairs/s"
-    return f"{', '.join(losses)} ({chance}), temperature {line['temperature']:.3f}, {speed}"
+    parts = [f"{name} {line[name]:.3f}" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
+    parts[0] += f" (chance {line['chance']:.2f})"  # the contrastive loss is the first one
+    parts.append(f"temperature {line['temperature']:.3f}")
+    parts.append(f"{line['pairs_per_second']:.0f} pairs/s")
+    return ", ".join(parts)
 
 
 # ---- The job: table, training, table

@@ -222,10 +222,14 @@ def cores() -> Iterator[str]:
     found = f"{free:.2f} of {number:g} cores are free"
     if free < FREE_CORE:
         times = 1 / max(free, 0.01)
-        advice = f"close other programs, or set SHARE = {max(free, 0.1):.1f} in the notebooks"
+        share = f"set SHARE = {max(free, 0.1):.1f} in the notebooks"
+        advice = f"close other programs, or {share} and start jupyter with OMP_NUM_THREADS=1"
         yield Slow(f"busy: {found}, all takes {times:.1f} times as long: {advice}")
     elif free < 0.6 * number:
-        advice = "enough for the notebooks; close other programs before `python train.py`"
+        advice = (
+            "in the notebooks keep SHARE = 1.0, start jupyter with OMP_NUM_THREADS=1, and expect "
+            "up to twice the time; close other programs before `python train.py`"
+        )
         yield Slow(f"busy: {found}: {advice}")
     else:
         yield f"busy: no, {found}"

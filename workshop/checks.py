@@ -279,14 +279,18 @@ def exercise_3_1(info_nce):
     similarity = 10.0 * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
     rows = F.cross_entropy(similarity, target)
     columns = F.cross_entropy(similarity.T, target)
-    raw = F.cross_entropy(10.0 * images @ texts.T, target)
+    raw = 10.0 * images @ texts.T
+    raw_texts = 10.0 * F.normalize(images, dim=-1) @ texts.T
     cold_rows = F.cross_entropy(similarity / 100, target)
     cold_columns = F.cross_entropy(similarity.T / 100, target)
 
     one_direction = close(value, rows) or close(value, columns)
     need(not one_direction, "one direction only: images must find texts AND texts images")
     need(not close(value, rows + columns), "the mean of both directions, not their sum")
-    need(not close(value, raw), "not normalised: cosine similarity wants rows of unit length")
+    for wrong in (raw, raw_texts):
+        found = (F.cross_entropy(wrong, target), F.cross_entropy(wrong.T, target))
+        is_raw = any(close(value, each) for each in (*found, sum(found) / 2))
+        need(not is_raw, "not normalised: images AND texts want unit length, by F.normalize")
     is_divided = close(value, (cold_rows + cold_columns) / 2)
     need(not is_divided, "multiply by the scale; it is 1 / temperature already")
     need(close(value, wanted), f"the loss is {value.item():.4f}, wanted is {wanted.item():.4f}")
@@ -344,7 +348,7 @@ def exercise_3_3(one_pass, embedder, chunk, num_tokens):
     need(close(loss, wanted), f"the loss is {loss.item():.4f}, wanted is {wanted.item():.4f}")
 
 
-@exercise("3.4", "what is left to learn is the probability on wrong pairs; then there is no push.")
+@exercise("3.4", "what is left to learn is the probability on wrong pairs; at 0 there is no push.")
 def exercise_3_4(remaining_signal):
     similarity = (3 * torch.randn(7, 7)).requires_grad_()
     target = torch.arange(7)
@@ -432,6 +436,8 @@ def check_count(lora_parameters, rank: int, targets: tuple[str, ...]) -> None:
     filled(value)
     full = sum(out * inside for out, inside in shapes)
     need(value != full, "this counts W; A is (rank, in), B is (out, rank)")
+    product = sum(rank * out * inside for out, inside in shapes)
+    need(value != product, "A and B are two matrices: add their sizes, rank * in and out * rank")
     layers = f"{len(shapes)} layers with rank {rank}"
     need(value == wanted, f"{value:,} of {layers}; wanted are {wanted:,}")
 
@@ -481,7 +487,12 @@ def exercise_4_5(soft_embedding):
     table = torch.randn(10, 4)
     soft = torch.randn(3, 4)
     ids = torch.tensor([[1, 10, 9], [12, 11, 0]])
-    value = tensor(soft_embedding(ids, table, soft), (2, 3, 4))
+    try:
+        value = soft_embedding(ids, table, soft)
+    except IndexError as error:
+        advice = "subtract V, and clamp what is a word"
+        raise NotYet(f"id V + i is row i: {advice} ({error})") from None
+    value = tensor(value, (2, 3, 4))
     need(close(value[0, 0], table[1]), "a normal word changed")
     wanted = torch.cat([table, soft])[ids]
     need(close(value, wanted), "id V + i must be row i of the soft prompt")
@@ -515,7 +526,8 @@ def exercise_5_1(step, make):
         step(optimizer, parameters, losses, 0.5)
 
     has_moved = any(not torch.equal(old, new) for old, new in zip(before, trained))
-    need(has_moved, "nothing moved: optimizer.step() is missing")
+    advice = "optimizer.step() is missing, or comes after zero_grad()"
+    need(has_moved, f"nothing moved: {advice}")
     rates = [group["lr"] for group in optimizer.param_groups]
     formula = "factor times each group's peak_lr"
     need(rates == wanted, f"the learning rates are {rates}: {formula}")
@@ -547,9 +559,10 @@ def exercise_5_2(rows):
             "soft": config.soft_prompts,
             "ar": config.autoregressive_weight > 0,
         }
+        by = {"lora": "lora_rank", "soft": "soft_prompts", "ar": "autoregressive_weight"}
         for what, on in switches.items():
             state = "on" if found[what] else "off"
-            need(found[what] == on, f"{name}: {what} is {state}, it should be the other way")
+            need(found[what] == on, f"{name}: {what} is {state}, it should not be: {by[what]}")
         others = set(rows[name]) - {"lora_rank", "soft_prompts", "autoregressive_weight"}
         problem = "then nobody knows what made the difference"
         need(not others, f"{name} also changes {sorted(others)}: {problem}")
@@ -564,6 +577,8 @@ def exercise_5_3(paired_difference):
     half = float(value[1])
     found = f"the mean difference is {mean:.3f}, wanted 1.333"
     need(abs(mean - 4 / 3) < 1e-6, f"{found}: second minus first, seed by seed")
+    reversed_mean = float(paired_difference([81.0, 83.5, 88.5], [80.0, 82.0, 87.0])[0])
+    need(abs(reversed_mean + 4 / 3) < 1e-6, "a second row that is worse has a negative difference")
     # The differences are 1, 1.5, 1.5.
     squares = (1 - 4 / 3) ** 2 + 2 * (1.5 - 4 / 3) ** 2
     wanted = 4.30 * (squares / 2) ** 0.5 / 3**0.5
@@ -587,7 +602,7 @@ def exercise_5_4(is_right, layout, samples):
     except AssertionError:
         passed = False
     need(passed is not None and passed is not ..., "return True or False: fill in the blanks")
-    need(passed, "it says that the real collate is wrong")
+    need(passed, "it says that the real collate is wrong: at t the label is the id of t + 1")
     for name, (change, hint) in BUGS.items():
         try:
             caught = not is_right(collate_with(change), layout, samples)
@@ -820,6 +835,8 @@ def exercise_6_4(tiny_class, embedder, samples):
     v = torch.randn(2, 5, D)
     mixed = tensor(model.mix(v), (2, 5, D), "mix(v)")
     sees_future = not close(model.mix(v[:, :3]), mixed[:, :3])
+    by_length = "divided by T, in place of 1, 2, ..., T, it depends on how many follow"
+    need(not close(mixed, v.cumsum(1) / 5), f"mix: {by_length}")
     need(not sees_future, "mix: a token sees those BEHIND it; the caption would reach the summary")
     need(not close(mixed[:, 1], v[:, :2].sum(1)), "mix: divide by how many there are, 1, 2, ..., T")
     need(close(mixed[:, 0], v[:, 0]), "mix: the first token has only itself to collect")

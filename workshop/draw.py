@@ -286,8 +286,9 @@ def scatter(x, y, names, xlabel: str, ylabel: str) -> None:
     _, (axis,) = side_by_side(1, 6.5, 3.6)
     axis.scatter(x, y, color=BLUE)
     for number, (left, bottom, name) in enumerate(sorted(zip(x, y, names))):
-        shift = (4, -9 if number % 2 else 4)  # neighbours do not write over each other
-        style = dict(xytext=shift, textcoords="offset points", fontsize=7)
+        # Neighbours do not write over each other: in turns left below and right above.
+        shift, side = ((-5, -9), "right") if number % 2 == 0 else ((5, 4), "left")
+        style = dict(xytext=shift, textcoords="offset points", fontsize=7, ha=side)
         axis.annotate(name, (left, bottom), **style)
     axis.margins(x=0.25, y=0.12)
     axis.set(xlabel=xlabel, ylabel=ylabel)

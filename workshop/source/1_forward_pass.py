@@ -438,7 +438,7 @@ said = describe(embedder.pixel_values(pictures[:3]))
 draw.pictures(pictures[:3], said, columns=3, width=48, side=2.6)
 
 # %% [markdown]
-# The last two sentences of each are mostly invented, also where your answers are right: relations
+# The last two sentences of each are mostly invented, even if exercise 1.4 has its ✓: relations
 # are what this base has not learned.
 #
 # ## Change the machine

@@ -87,7 +87,7 @@ image_strip = strip(image_ids, len(layout.image_prompt))
 text_strip = strip(text_ids, len(layout.text_prompt))
 draw.tokens(
     ("image side: picture (orange), prompt (green)", image_strip),
-    ("text side: caption (blue), prompt (green)", text_strip),
+    ("text side: template and caption (blue), prompt (green)", text_strip),
     title="The outlined token is the summary.",
     marked={(0, len(image_ids) - 1), (1, len(text_ids) - 1)},
 )
@@ -98,7 +98,8 @@ print("text side  (B, T):", (1, len(text_ids)))
 # What would the model say? Here is its next-token distribution at the summary, for a picture and
 # for one of its captions. The toy's language has compound nouns for what belongs together:
 # "red-ring" is a ring that is red, "right-cyan" something cyan on the right. So one word can say
-# who owns what.
+# who owns what. (Not all that get a share are true: this base was stopped early, and often mixes up
+# who owns what.)
 
 
 # %%
@@ -342,7 +343,7 @@ draw.scatter(entropies, recalls, list(PROMPTS), x_label, f"T2I R@1 of {count}, %
 # %% [markdown]
 # Two things to see:
 #
-# * *Describe the image* has the lowest entropy and the worst retrieval. Of course: every
+# * *Describe the image* has the lowest entropy, and nearly no retrieval. Of course: every
 #   description of this world begins with "there". The state behind this prompt is busy with one
 #   word that is the same for all pictures. *How many* is the same story with three words.
 # * High entropy goes with good retrieval, as in the paper. But read it with care: six prompts, one

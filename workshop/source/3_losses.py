@@ -327,7 +327,8 @@ print(f"one pass:   {once:.2f} s")
 #
 # Long captions say everything. Would they not be the better partners? We try, live. Two runs with
 # the real `train.train`, contrastive loss only, which differ in one setting: `contrast="short"` or
-# `"long"`. Each takes up to half a minute on a core of your own.
+# `"long"`. Each takes up to half a minute on a core of your own. (Before the first step stands what
+# the run will need of the memory, and how many sequences at a time would still fit into it.)
 
 
 # %%
@@ -461,6 +462,8 @@ draw.grouped_bars(["before training", "after it"], left, title=title)
 
 # %% [markdown]
 # How much has either task left, once it is trained? That is all that its gradient can still use.
+# (Before training long captions leave at least as much: the base was never asked to summarize so
+# long a text. It learns to, and then they are solved.)
 #
 # ## What to take home
 #

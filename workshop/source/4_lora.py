@@ -438,7 +438,7 @@ still = (cosine.argmax(-1) == torch.tensor(layout.image_prompt)).sum().item()
 print(f"{still} of {len(start)} are still nearest to the word that they were")
 
 # %% [markdown]
-# Those left along directions that no word uses, however far they moved. The paper saw something
+# They moved in directions where no other word lies, however far. The paper saw something
 # similar in LLaVA: soft prompts hardly change their meaning.
 #
 # ## What to take home

@@ -149,8 +149,8 @@ checks.exercise_6_1(siglip_loss)
 # A loss of the table is called with the model, both embeddings and the settings. Three things make
 # SigLIP one of them:
 #
-# 1. its **weight**, a field of the settings. `TrainConfig` stays as it is: a class that inherits
-#    from it has one field more;
+# 1. its **weight**, a field of the settings, 1.0 as for the others. `TrainConfig` stays as it is: a
+#    class that inherits from it has one field more;
 # 2. its **parameter**, which must be the model's own, as the temperature is
 #    (`lora.add_temperature`): then it is optimised, logged, saved and resumed. The temperature is
 #    held as `model.log_scale`, the logarithm of 1 / temperature;
@@ -505,8 +505,8 @@ on_test = retrieval_of(*tried[best], *read_split("test"))
 print(f"chosen: {best}. Validation {on_validation[best]:.1f} %, test {on_test:.1f} %")
 
 # %% [markdown]
-# The test number may be lower: the best of several on one set is a little lucky there. The more you
-# try, the luckier. That is why it is measured elsewhere.
+# The best of several on one set is a little lucky there. The more you try, the luckier. That is why
+# it is measured elsewhere. (These are other scenes: the test number may be higher as well.)
 #
 # ## The clinic
 #
@@ -526,8 +526,7 @@ print(*broken.FAULTS, sep="\n")
 # %%
 curves = {name: {} for name in ("contrastive", "autoregressive")}
 everyone = {"healthy": broken.System(MODEL), **patients}
-count = fewer(10, SHARE)
-dozens = [[dataset[12 * step + index, 0] for index in range(12)] for step in range(count)]
+dozens = [[dataset[12 * step + index, 0] for index in range(12)] for step in range(10)]
 for name, system in everyone.items():
     lines = [system.step(dozen) for dozen in dozens]
     for loss in curves:
@@ -536,9 +535,10 @@ draw.curves(*((f"{loss} loss", lines) for loss, lines in curves.items()), log=Tr
 
 # %% [markdown]
 # The autoregressive loss falls in all of them, the contrastive one goes up and down with the
-# batches, and no line says "error". Some begin higher than the healthy one; would you have known
-# without it beside them? And one curve covers the healthy one. **Curves do not tell.** A test does,
-# if it asks the right question: *what must be true of a healthy one, and false of this fault?*
+# batches, and no line says "error". Some begin higher or lower than the healthy one; would you have
+# known without it beside them? And one curve covers the healthy one. **Curves may make you wonder;
+# they do not tell.** A test does, if it asks the right question: *what must be true of a healthy
+# one, and false of this fault?*
 #
 # What a `System` can do:
 #
