@@ -27,7 +27,7 @@ import math
 import random
 import shutil
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -52,9 +52,12 @@ DESCRIBE_WORDINGS = [
     "\nSummarize the provided image in detail: ASSISTANT:",
     "\nDescribe the provided image: ASSISTANT:",
 ]
-SIDES = dict(
-    zip(RELATIONS, [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")])
-)  # of both things
+SIDES = {  # on which side of the other the first and the second thing of a relation are
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
+}
 TOKEN = r"user:|assistant:|[a-z]+(?:-[a-z]+)*|[^\sa-z]"
 OTHER_WORDS = """user: assistant: summarize the provided image text in one word : describe detail .
 briefly ? , an a is are there of picture shows with and on background objects object what color
@@ -73,16 +76,20 @@ SUMMARY_WEIGHT = 2.0
 LOG_EVERY = 50  # steps
 
 VISION = VisionConfig(
-    hidden_size=160, intermediate_size=640, num_hidden_layers=5, num_attention_heads=5
+    hidden_size=160,
+    intermediate_size=640,
+    num_hidden_layers=5,  # the fifth is never read
+    num_attention_heads=5,
+    image_size=world.IMAGE_SIZE,
+    patch_size=12,  # so a picture is 16 image tokens
 )
-VISION.image_size, VISION.patch_size = (
-    world.IMAGE_SIZE,
-    12,
-)  # 16 image tokens; the fifth layer is never read
 TEXT = TextConfig(
-    hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=512,
 )
-TEXT.max_position_embeddings = 512
 MODEL = LlavaConfig(VISION, TEXT, image_token_id=IMAGE, pad_token_id=PAD, eos_token_ids=(STOP,))
 
 
@@ -91,39 +98,34 @@ MODEL = LlavaConfig(VISION, TEXT, image_token_id=IMAGE, pad_token_id=PAD, eos_to
 
 def binding_words() -> list[str]:
     """Every compound noun that can be true of a scene."""
-    color_shape = [f"{color}-{shape}" for color in world.COLORS for shape in world.SHAPES]
-    qualities = [*world.COLORS, *world.SHAPES]
-    return color_shape + [
-        f"{word}-{q}"
-        for word in [*world.SIZES, "left", "right", "top", "bottom"]
-        for q in qualities
-    ]
+    words = []
+    for color in world.COLORS:
+        for shape in world.SHAPES:
+            words.append(f"{color}-{shape}")
+    for what in [*world.SIZES, "left", "right", "top", "bottom"]:
+        for quality in [*world.COLORS, *world.SHAPES]:
+            words.append(f"{what}-{quality}")
+    return words
 
 
 def make_tokenizer() -> Tokenizer:
     """One token a word: lower case, "USER:" and "ASSISTANT:" and compound nouns in one piece, `<s>`
-    in front.
-    """
-    plain = [
-        *world.SIZES,
-        *world.COLORS,
-        *world.SHAPES,
-        *world.BACKGROUNDS,
-        *world.NUMBERS.values(),
-    ]
-    words = dict.fromkeys([*SPECIAL, *OTHER_WORDS.split(), *plain, *binding_words()])
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
+    in front."""
+    words = [*SPECIAL, *OTHER_WORDS.split()]
+    words += [*world.SIZES, *world.COLORS, *world.SHAPES, *world.BACKGROUNDS]
+    words += [*world.NUMBERS.values(), *binding_words()]
+    vocabulary = {}
+    for word in words:
+        vocabulary.setdefault(word, len(vocabulary))  # some are in more than one of the lists
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", START)]
     )
-    tokenizer.decoder = decoders.WordPiece(
-        cleanup=True
-    )  # joins words by spaces, none before punctuation
+    # It joins words by spaces, with none before punctuation.
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
     return tokenizer
 
 
@@ -132,39 +134,46 @@ def summary_words(
 ) -> dict[str, float]:
     """The words that may stand for a picture or a text, with their weights.
 
-    `sides[i]`: on which sides of another thing the i-th is known to be ("left", "top", ...).
-    """
-    words: Counter[str] = Counter({background: 0.4} if background else {})
+    `sides[i]`: on which sides of another thing the i-th is known to be ("left", "top", ...)."""
+    words = defaultdict(float)  # what is true of two things weighs twice
+    if background:
+        words[background] += 0.4
     for (size, color, shape), known in zip(things, sides):
-        qualities = [quality for quality in (color, shape) if quality]
-        words.update(dict.fromkeys(qualities, 1.0 if plain else 0.15))
+        qualities = [shape] if color is None else [color, shape]
+        for quality in qualities:
+            words[quality] += 1.0 if plain else 0.15
         if plain:
-            words.update({size: 0.4} if size else {})
+            if size:
+                words[size] += 0.4
             continue
-        words.update({f"{color}-{shape}": 1.0} if color else {})
-        words.update(
-            {
-                f"{word}-{quality}": 0.4
-                for word in [size, *sorted(known)]
-                if word
-                for quality in qualities
-            }
-        )
+        if color:
+            words[f"{color}-{shape}"] += 1.0
+        for what in [size, *sorted(known)]:
+            if what:
+                for quality in qualities:
+                    words[f"{what}-{quality}"] += 0.4
     return words
 
 
 def summarize_scene(scene: Scene, plain: bool) -> dict[str, float]:
     places = scene.occupied()
-    sides = [
-        {SIDES[r][0] for r in RELATIONS for other in places if holds(r, place, other)}
-        for place in places
-    ]
-    return summary_words([scene.objects[place] for place in places], sides, scene.background, plain)
+    things = [scene.objects[place] for place in places]
+    sides = []
+    for place in places:
+        known = set()
+        for relation in RELATIONS:
+            if any(holds(relation, place, other) for other in places):
+                known.add(SIDES[relation][0])
+        sides.append(known)
+    return summary_words(things, sides, scene.background, plain)
 
 
 def summarize_caption(caption: Caption, plain: bool) -> dict[str, float]:
-    known = [{side} for side in SIDES[caption.relation]] if caption.relation else [set(), set()]
-    return summary_words(caption.things, [*known, set()], caption.background, plain)
+    sides = [set(), set(), set()]
+    if caption.relation:
+        first, second = SIDES[caption.relation]
+        sides = [{first}, {second}, set()]
+    return summary_words(caption.things, sides, caption.background, plain)
 
 
 # ---- lessons
@@ -172,12 +181,14 @@ def summarize_caption(caption: Caption, plain: bool) -> dict[str, float]:
 
 class Dialogue:
     """A conversation in LLaVA-1.5's template: token ids, and at each position the id that should
-    come next.
-    """
+    come next."""
 
     def __init__(self, tokenizer: Tokenizer, scene_index: int | None = None):
-        self.tokenizer, self.scene_index = tokenizer, scene_index
-        self.ids, self.targets = [START], [IGNORE]
+        """scene_index: which picture of the batch it is about; None: it is about a text."""
+        self.tokenizer = tokenizer
+        self.scene_index = scene_index
+        self.ids = [START]
+        self.targets = [IGNORE]
         self.summary: tuple[int, dict[int, float]] | None = None  # position, {id: probability}
         self.user("USER: ")
         if scene_index is not None:
@@ -196,16 +207,16 @@ class Dialogue:
     def assistant(self, text: str) -> None:
         answer = [*self.encode(text), STOP]
         self.ids += answer
-        self.targets[-1:] = [*answer, IGNORE]
+        self.targets[-1:] = [*answer, IGNORE]  # the last position so far predicts its first token
 
     def summarize(self, words: dict[str, float], rng: random.Random) -> None:
         """Ask for the distribution of true words at the last position; the dialogue goes on with
-        one of them.
-        """
+        one of them."""
         total = sum(words.values())
         ids = {self.tokenizer.token_to_id(word): weight / total for word, weight in words.items()}
-        self.summary = len(self.ids) - 1, ids
-        self.append([*rng.choices(list(ids), list(ids.values())), STOP])
+        self.summary = (len(self.ids) - 1, ids)
+        said = rng.choices(list(ids), list(ids.values()))
+        self.append([*said, STOP])
 
 
 def yes_or_no(statement: bool) -> str:
@@ -214,7 +225,8 @@ def yes_or_no(statement: bool) -> str:
 
 def ask_about_scene(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A question about a picture and its answer."""
-    kind, place = rng.randrange(8), rng.choice(scene.occupied())
+    kind = rng.randrange(8)
+    place = rng.choice(scene.occupied())
     thing = scene.objects[place]
     if kind == 0:
         return "How many objects are there?", world.NUMBERS[len(scene.occupied())]
@@ -223,51 +235,52 @@ def ask_about_scene(scene: Scene, rng: random.Random) -> tuple[str, str]:
     if kind == 2:
         place = rng.randrange(4)
         thing = scene.objects[place]
-        return f"What is in the {PLACES[place]}?", world.with_article(thing) if thing else "nothing"
+        answer = world.with_article(thing) if thing else "nothing"
+        return f"What is in the {PLACES[place]}?", answer
     if kind == 3:
         return f"Where is the {thing.color} {thing.shape}?", PLACES[place]
     if kind == 4:
         quality = rng.choice(list(world.ATTRIBUTES))
         return f"What {quality} is the object in the {PLACES[place]}?", getattr(thing, quality)
     if kind == 5:
-        other = rng.choice([other for other in scene.occupied() if other != place])
-        relation = rng.choice(
-            [r for r in RELATIONS if holds(r, place, other) or holds(r, other, place)]
-        )
-        names = [f"{t.color} {t.shape}" for t in (thing, scene.objects[other])]
-        return f"Is the {names[0]} {relation} the {names[1]}?", yes_or_no(
-            holds(relation, place, other)
+        other = rng.choice([each for each in scene.occupied() if each != place])
+        # Of those that hold, or hold the other way round.
+        asked = [r for r in RELATIONS if holds(r, place, other) or holds(r, other, place)]
+        relation = rng.choice(asked)
+        second = scene.objects[other]
+        answer = yes_or_no(holds(relation, place, other))
+        return (
+            f"Is the {thing.color} {thing.shape} {relation} the {second.color} {second.shape}?",
+            answer,
         )
     return "Describe the image briefly.", str(world.sample_caption(scene, rng))
 
 
 def ask_about_caption(caption: Caption, rng: random.Random) -> tuple[str, str]:
     """A question about a text; most cannot be answered from its words alone, without their
-    order.
-    """
-    things, relation = caption.things, caption.relation
+    order."""
+    things = caption.things
+    relation = caption.relation
     if relation and rng.random() < 0.4:
         asked = rng.choice([relation, OPPOSITE[relation]])
-        return f"Is the {name(things[0])} {asked} the {name(things[1])}?", yes_or_no(
-            asked == relation
-        )
+        question = f"Is the {name(things[0])} {asked} the {name(things[1])}?"
+        return question, yes_or_no(asked == relation)
     if len(things) > 1 and things[0].color and things[1].color and rng.random() < 0.5:
         thing = things[0]._replace(color=rng.choice(things[:2]).color)
-        statement = any(thing[1:] == other[1:] for other in things)
-        return f"Is there {world.with_article(thing._replace(size=None))}?", yes_or_no(statement)
-    thing, quality = rng.choice(things), rng.choice(["color", "size"])
+        is_there = any(thing[1:] == other[1:] for other in things)
+        return f"Is there {world.with_article(thing._replace(size=None))}?", yes_or_no(is_there)
+    thing = rng.choice(things)
+    quality = rng.choice(["color", "size"])
     answers = {getattr(other, quality) for other in things if other.shape == thing.shape}
-    return f"What {quality} is the {thing.shape}?", (
-        answers.pop() if len(answers) == 1 else None
-    ) or "unknown"
+    answer = answers.pop() if len(answers) == 1 else None  # two rings of two colors: which one?
+    return f"What {quality} is the {thing.shape}?", answer or "unknown"
 
 
 def make_dialogues(
     scene: Scene, index: int, rng: random.Random, tokenizer: Tokenizer, plain: bool
 ) -> list[Dialogue]:
     """Four dialogues about a scene: describe it; summarize it, then answer questions; and twice the
-    same on a text.
-    """
+    same on a text."""
     describe = Dialogue(tokenizer, index)
     describe.user(rng.choice(DESCRIBE_WORDINGS))
     describe.assistant(world.long_caption(scene, rng))
@@ -306,10 +319,8 @@ def initialize(model: Llava) -> None:
 
 def to_pixels(pictures: list) -> torch.Tensor:
     """(48, 48, 3) uint8 arrays -> (B, 3, 48, 48), normalised as preprocessor_config.json says."""
-    return (
-        torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2) / 127.5
-        - 1
-    )
+    pixels = torch.stack([torch.from_numpy(picture) for picture in pictures])
+    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def pad(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -320,16 +331,17 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
 def losses(
     model: Llava, pixels: torch.Tensor, dialogues: list[Dialogue]
 ) -> tuple[torch.Tensor, ...]:
-    """Cross-entropy of the answers, and of the summaries against their distribution; share of
-    answer tokens right.
-    """
+    """Cross-entropy of the answers; of the summaries, against their distribution; and the share of
+    answer tokens that are right."""
     device = model.device
     features = model.image_features(pixels.to(device))
-    answers, targets, summaries, distributions = [], [], [], []
+    answers = []  # states that predict a token of an answer, and these tokens
+    targets = []
+    summaries = []  # states that predict a summary, and the distribution of the true words
+    distributions = []
     by_length = sorted(dialogues, key=lambda dialogue: len(dialogue.ids))
-    for start in range(
-        0, len(by_length), len(pixels)
-    ):  # four groups of like length: little padding
+    # Four groups of like length: little padding.
+    for start in range(0, len(by_length), len(pixels)):
         group = by_length[start : start + len(pixels)]
         scenes = [dialogue.scene_index for dialogue in group if dialogue.scene_index is not None]
         ids = pad([dialogue.ids for dialogue in group], PAD).to(device)
@@ -342,64 +354,78 @@ def losses(
                 position, words = dialogue.summary
                 summaries.append(hidden[row, position])
                 distributions.append(words)
-    logits, targets = model.logits(torch.cat(answers)), torch.cat(targets)
+    logits = model.logits(torch.cat(answers))  # (answer tokens, V)
+    targets = torch.cat(targets)
+    answer_loss = F.cross_entropy(logits, targets)
+    right = (logits.argmax(dim=-1) == targets).float().mean()
     logp = model.logits(torch.stack(summaries)).log_softmax(dim=-1)  # (summaries, V)
     wanted = torch.zeros_like(logp)
     for row, words in enumerate(distributions):
         wanted[row, list(words)] = torch.tensor(list(words.values()), device=device)
-    right = (logits.argmax(dim=-1) == targets).float().mean()
-    return F.cross_entropy(logits, targets), F.kl_div(logp, wanted, reduction="batchmean"), right
+    summary_loss = F.kl_div(logp, wanted, reduction="batchmean")
+    return answer_loss, summary_loss, right
 
 
-def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool) -> list[dict]:
-    """Muon for the layers' matrices, AdamW for the rest, for a fixed number of steps; returns the
-    log.
+def decay(step: int) -> float:
+    """What the rates are multiplied by: 100 steps of warm-up, then a cosine down to 3 %."""
+    return min(1, (step + 1) / 100) * (0.515 + 0.485 * math.cos(math.pi * step / SCHEDULE))
+
+
+def make_optimizers(model: Llava) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices; AdamW for the rest: embeddings, patches, the head, vectors.
 
     Muon (kellerjordan.github.io/posts/muon) learns to tell shapes apart far sooner than AdamW
-    alone: toy/README.md.
-    """
-    rng = random.Random(f"pretrain {seed}")
-
-    def decay(step: int) -> float:
-        return min(1, (step + 1) / 100) * (0.515 + 0.485 * math.cos(math.pi * step / SCHEDULE))
-
-    names = {
-        name
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and ("layers" in name or "projector" in name)
-    }
-    matrices = [p for name, p in model.named_parameters() if name in names]
-    others = [
-        p for name, p in model.named_parameters() if name not in names
-    ]  # embeddings, patches, head, vectors
-    optimizers = [
+    alone: toy/README.md."""
+    matrices = []
+    others = []
+    for where, parameter in model.named_parameters():
+        is_of_a_layer = "layers" in where or "projector" in where
+        if parameter.ndim == 2 and is_of_a_layer:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    return [
         torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=ADAMW_RATE, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
+
+
+def train(model: Llava, tokenizer: Tokenizer, steps: int, seed: int, plain: bool) -> list[dict]:
+    """The loop -> its log, a line of means every LOG_EVERY steps."""
+    rng = random.Random(f"pretrain {seed}")
+    optimizers = make_optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, decay) for optimizer in optimizers]
-    log, sums, started = [], torch.zeros(3), time.time()
-    for step in (progress := tqdm(range(1, steps + 1), desc="pre-training", unit="step")):
+    log = []
+    sums = torch.zeros(3)  # of the answers' loss, the summaries' loss, and of answer tokens right
+    started = time.time()
+    progress = tqdm(range(1, steps + 1), desc="pre-training", unit="step")
+    for step in progress:
         scenes = [world.sample_scene(rng, "train") for _ in range(SCENES_A_STEP)]
         pixels = to_pixels([world.render(scene, rng) for scene in scenes])
-        dialogues = [
-            d
-            for i, scene in enumerate(scenes)
-            for d in make_dialogues(scene, i, rng, tokenizer, plain)
-        ]
+        dialogues = []
+        for index, scene in enumerate(scenes):
+            dialogues += make_dialogues(scene, index, rng, tokenizer, plain)
+
         answer_loss, summary_loss, right = losses(model, pixels, dialogues)
         model.zero_grad()
         (answer_loss + SUMMARY_WEIGHT * summary_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in (*optimizers, *schedules):
             stepper.step()
+
         sums += torch.stack([answer_loss.detach(), summary_loss.detach(), right]).cpu()
         if step % LOG_EVERY == 0 or step == steps:
-            means = [round(value, 4) for value in (sums / (step % LOG_EVERY or LOG_EVERY)).tolist()]
-            log.append({"step": step, "minutes": round((time.time() - started) / 60, 2)})
-            log[-1] |= dict(zip(("answer_loss", "summary_loss", "answer_accuracy"), means))
-            progress.set_postfix(
-                answers=f"{means[0]:.3f}", summaries=f"{means[1]:.3f}", right=f"{means[2]:.3f}"
-            )
+            number = step % LOG_EVERY or LOG_EVERY  # of steps since the last line
+            answers, summaries, accuracy = [round(each, 4) for each in (sums / number).tolist()]
+            line = {
+                "step": step,
+                "minutes": round((time.time() - started) / 60, 2),
+                "answer_loss": answers,
+                "summary_loss": summaries,
+                "answer_accuracy": accuracy,
+            }
+            log.append(line)
+            progress.set_postfix(answers=answers, summaries=summaries, right=accuracy)
             sums.zero_()
     return log
 
@@ -414,50 +440,61 @@ def embed(
     """The normalised hidden state at the last position of each dialogue, (B, D)."""
     ids = pad([dialogue.ids for dialogue in dialogues], PAD).to(model.device)
     last = torch.tensor([len(dialogue.ids) - 1 for dialogue in dialogues])
-    return F.normalize(model(ids, image_features=features)[torch.arange(len(last)), last], dim=-1)
+    hidden = model(ids, image_features=features)  # (B, T, D)
+    return F.normalize(hidden[torch.arange(len(last)), last], dim=-1)
+
+
+def embed_captions(model: Llava, tokenizer: Tokenizer, captions: list[Caption]) -> torch.Tensor:
+    """(B, D), unit length: the states before the one-word summaries of texts."""
+    dialogues = []
+    for caption in captions:
+        dialogue = Dialogue(tokenizer)
+        dialogue.user(f"{caption}{SUMMARIZE_TEXT}")
+        dialogues.append(dialogue)
+    return embed(model, dialogues)
 
 
 @torch.no_grad()
 def evaluate(model: Llava, tokenizer: Tokenizer, number: int = 500) -> dict[str, float]:
     """What the base can do without any fine-tuning, on validation scenes; in percent, except the
-    two distances.
-    """
+    two distances."""
     rng = random.Random("pretrain evaluation")
     scenes = [world.sample_scene(rng, "val") for _ in range(number)]
     pixels = to_pixels([world.render(scene, rng) for scene in scenes]).to(model.device)
-    features = model.image_features(pixels)
 
-    describe, look = Dialogue(tokenizer, 0), Dialogue(tokenizer, 0)
+    # Does it describe?
+    describe = Dialogue(tokenizer, 0)
     describe.user(DESCRIBE)
-    look.user(SUMMARIZE_IMAGE)
     answers = model.generate([describe.ids] * 200, pixels[:200], max_new_tokens=110)
-    references = [world.long_caption(scene, rng) for scene in scenes[:200]]
-    scores = world.score_captions(tokenizer.decode_batch(answers), [[text] for text in references])
+    references = [[world.long_caption(scene, rng)] for scene in scenes[:200]]
+    scores = world.score_captions(tokenizer.decode_batch(answers), references)
 
-    def embed_texts(captions: list[Caption]) -> torch.Tensor:
-        texts = [Dialogue(tokenizer) for _ in captions]
-        for text, caption in zip(texts, captions):
-            text.user(f"{caption}{SUMMARIZE_TEXT}")
-        return embed(model, texts)
-
+    # Does it find, by the states before its summaries?
     captions = [world.sample_caption(scene, rng, number=rng.choice([2, 2, 3])) for scene in scenes]
-    images, texts = embed(model, [look] * number, features), embed_texts(captions)
-    similarity = images @ texts.T
-    for direction, matrix in (("i2t_r1", similarity), ("t2i_r1", similarity.T)):
-        scores[direction] = (
-            100 * (matrix.argmax(dim=1).cpu() == torch.arange(number)).float().mean().item()
-        )
+    look = Dialogue(tokenizer, 0)
+    look.user(SUMMARIZE_IMAGE)
+    images = embed(model, [look] * number, model.image_features(pixels))
+    texts = embed_captions(model, tokenizer, captions)
+    similarity = (images @ texts.T).cpu()
+    own = torch.arange(number)
+    scores["i2t_r1"] = 100 * (similarity.argmax(dim=1) == own).float().mean().item()
+    scores["t2i_r1"] = 100 * (similarity.argmax(dim=0) == own).float().mean().item()
+
+    # Does it prefer a true caption to a false one of nearly the same words?
     for kind in ("swap_obj", "swap_att", "replace_obj", "replace_rel"):
-        found = [
-            (i, world.sample_negatives(captions[i], scenes[i], rng).get(kind))
-            for i in range(number)
-        ]
-        index, negatives = zip(*[(i, negative) for i, negative in found if negative])
-        index, false = torch.tensor(index), embed_texts(list(negatives))
-        wins = (images[index] * (texts[index] - false)).sum(dim=-1) > 0
+        index = []
+        negatives = []
+        for i in range(number):
+            negative = world.sample_negatives(captions[i], scenes[i], rng).get(kind)
+            if negative:
+                index.append(i)
+                negatives.append(negative)
+        false = embed_captions(model, tokenizer, negatives)
+        difference = texts[index] - false
+        wins = (images[index] * difference).sum(dim=-1) > 0
         scores[kind] = 100 * wins.float().mean().item()
         if kind.startswith("swap"):
-            scores[f"{kind}_distance"] = (texts[index] - false).norm(dim=-1).mean().item()
+            scores[f"{kind}_distance"] = difference.norm(dim=-1).mean().item()
     return {key: round(value, 3) for key, value in scores.items()}
 
 
@@ -467,42 +504,45 @@ def evaluate(model: Llava, tokenizer: Tokenizer, number: int = 500) -> dict[str,
 def save(
     model: Llava, tokenizer: Tokenizer, folder: Path, log: list[dict], scores: dict[str, float]
 ) -> None:
-    """Writes a Hugging Face LLaVA folder beside `folder`, then puts it in its place."""
+    """Write a Hugging Face LLaVA folder beside `folder`, then put it in its place."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save(str(unfinished / "tokenizer.json"))
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    switched_on = dict.fromkeys(
-        ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True
-    )
-    side, owner = world.IMAGE_SIZE, {"processor_class": "LlavaProcessor"}
-    image_tokens = {
-        "patch_size": VISION.patch_size,
-        "num_additional_image_tokens": 1,
-        "image_token": "<image>",
-    }
-    pixels = {
-        "rescale_factor": 1 / 255,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "resample": 3,
-    }
-    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    tokens = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "extra_special_tokens": {"image_token": "<image>"},
-    }
+    side = world.IMAGE_SIZE
     files = {
-        "tokenizer_config.json": owner | tokens | special | {"clean_up_tokenization_spaces": False},
-        "preprocessor_config.json": owner
-        | {"image_processor_type": "CLIPImageProcessor"}
-        | switched_on
-        | sizes
-        | pixels,
-        "processor_config.json": owner
-        | image_tokens
-        | {"vision_feature_select_strategy": "default"},
+        "tokenizer_config.json": {
+            "processor_class": "LlavaProcessor",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "extra_special_tokens": {"image_token": "<image>"},
+            "unk_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "clean_up_tokenization_spaces": False,
+        },
+        "preprocessor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_center_crop": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+            "rescale_factor": 1 / 255,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "resample": 3,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "patch_size": VISION.patch_size,
+            "num_additional_image_tokens": 1,  # the class token
+            "image_token": "<image>",
+            "vision_feature_select_strategy": "default",
+        },
         "pretraining.json": {"scores": scores, "log": log},
     }
     for file, content in files.items():
@@ -526,10 +566,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer()
-    config = dataclasses.replace(
-        MODEL, text=dataclasses.replace(MODEL.text, vocab_size=tokenizer.get_vocab_size())
-    )
-    model = Llava(config)
+    text = dataclasses.replace(MODEL.text, vocab_size=tokenizer.get_vocab_size())
+    model = Llava(dataclasses.replace(MODEL, text=text))
     initialize(model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"TinyLLaVA: {sum(p.numel() for p in model.parameters()):,} parameters on {model.device}")
