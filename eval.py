@@ -1006,7 +1006,7 @@ def captioning_both_ways(
 # ---- How results are shown
 
 
-def summary(tables: dict) -> dict[str, float]:
+def table_columns(tables: dict) -> dict[str, float]:
     """The columns of the printed table, as far as they were measured."""
     recalls = tables.get("retrieval", {})
     files = tables.get("sugarcrepe", {})
@@ -1039,7 +1039,7 @@ def mean_of_files(files: dict[str, float], group: str) -> float | None:
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """Rows of `summary` under each other. Rows called "difference" show their signs."""
+    """Rows of `table_columns` under each other. Rows called "difference" show their signs."""
     widths = {}  # of the columns, in the order in which rows name them
     for row in rows.values():
         for name in row:
@@ -1277,7 +1277,7 @@ def print_sizes(name: str, file: Path, sizes: tuple[int, ...]) -> str:
 
 def print_means(row: dict[str, float], sizes: tuple[int, ...]) -> None:
     """The means of SugarCrepe's files: by group as papers give them, of all files, of all items."""
-    means = summary({"sugarcrepe": row})
+    means = table_columns({"sugarcrepe": row})
     means["all files"] = sum(row.values()) / len(row)
     weighted = [value * size for value, size in zip(row.values(), sizes)]
     means["all items"] = sum(weighted) / sum(sizes)
