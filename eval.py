@@ -88,7 +88,7 @@ class Embedder:
     model: Backbone
     layout: Layout
     processor: ImageProcessor
-    base: str = ""  # the base model's hash
+    base: str = ""  # the base model's hash, see `base_hash`
 
     @property
     def notes(self) -> dict[str, str]:
@@ -107,12 +107,12 @@ class Embedder:
     def prepare(self, images: list[Image.Image | torch.Tensor]) -> list[torch.Tensor]:
         """RGB images, or what the processor made of them -> (3, height, width) fp32 each."""
 
-        def prepare(image):
+        def prepare_one(image: Image.Image | torch.Tensor) -> torch.Tensor:
             return image if torch.is_tensor(image) else self.processor(image)
 
         # Threads, for Pillow and NumPy let go of Python's lock while they resize.
         with ThreadPoolExecutor() as threads:
-            return list(threads.map(prepare, images))
+            return list(threads.map(prepare_one, images))
 
     def pixel_values(
         self, images: list[Image.Image | torch.Tensor]
@@ -198,7 +198,7 @@ def load_base(
     else:
         model = backbones.load(folder, dtype or best_dtype, device)
     model.config.eos_token_ids = config.eos_token_ids
-    # Hashed as its file is: the numbers of `model` may be rounded already.
+    # Hashed from a view of its file: the numbers of `model` may be rounded already.
     base = base_hash(backbones.load(folder, None))
     if int8:
         quantize(model)
@@ -228,25 +228,36 @@ def read_folder(
     if text_prompt is None:
         text_prompt = TEXT_PROMPT
     # The files must agree with each other: a folder put together by hand often mixes two models.
-    family = backbones.family_of(folder)
-    tokenizer = TextTokenizer(folder)
-    number = config.num_image_tokens
-    layout = Layout(tokenizer, number, image_prompt, text_prompt, template=family.template)
+    layout = Layout(
+        TextTokenizer(folder),
+        config.num_image_tokens,
+        image_prompt,
+        text_prompt,
+        template=backbones.family_of(folder).template,
+    )
     if layout.image_id != config.image_token_id:
         found = f"{layout.template.image_token} is {layout.image_id} in tokenizer.json"
         found += f", {config.image_token_id} in config.json"
         raise InputError(f"{folder}: {found}: the files belong to different models")
     refuse_unknown_ids(folder, layout.tokenizer, config)
-    processor = family.processor.from_pretrained(folder)
+    processor = read_processor(folder, config, max_pixels)
+    # The end of an answer in the chat template ends it, whether or not the config lists it.
+    config.eos_token_ids = tuple({*config.eos_token_ids, layout.stop_id})
+    return folder, config, layout, processor
+
+
+def read_processor(folder: Path, config: BackboneConfig, max_pixels: int) -> ImageProcessor:
+    """What prepares pictures for the model in a folder, as its config wants them.
+
+    Raises InputError."""
+    processor = backbones.family_of(folder).processor.from_pretrained(folder)
     if max_pixels:
         processor.limit(max_pixels)
     side = config.vision.image_size
     if processor.size != (side, side):
         found = f"preprocessor_config.json makes images of {processor.size}"
         raise InputError(f"{folder}: {found}, config.json wants {side} x {side}")
-    # The end of an answer in the chat template ends it, whether or not the config lists it.
-    config.eos_token_ids = tuple({*config.eos_token_ids, layout.stop_id})
-    return folder, config, layout, processor
+    return processor
 
 
 def refuse_unknown_ids(folder: Path, tokenizer: TextTokenizer, config: BackboneConfig) -> None:
@@ -371,9 +382,11 @@ class Embeddings:
         return encode_text(self.embedder, captions)
 
     def compute_missing(
-        self, keys: list[bytes], items: list, encode: Callable, at_a_time: int, name: str
+        self, keys: list[bytes], items: list, embed: Callable, at_a_time: int, name: str
     ) -> None:
-        """Encode the items whose keys are not known, and keep each part as soon as it is there."""
+        """Embed the items whose keys are not known, and keep each part as soon as it is there.
+
+        embed: list of items -> (items, D)."""
         if not items:
             raise InputError(f"there are no {name} to embed")
         missing = {}  # one item for each key: copies are computed once
@@ -385,24 +398,24 @@ class Embeddings:
         label = f"embedding {len(new_keys)} {name}"
         for start in tqdm(starts, desc=label, delay=2, leave=False):
             part = new_keys[start : start + at_a_time]
-            vectors = self.share([missing[key] for key in part], encode)
+            vectors = self.share([missing[key] for key in part], embed)
             # Every comparison with NaN is false, so the tie rule would not catch it.
             if not vectors.isfinite().all():
                 cause = "the model has diverged, or overflows in fp16"
                 raise InputError(f"embeddings of {name} are not finite; {cause}")
             self.kept.add(part, vectors)
 
-    def share(self, items: list, encode: Callable) -> torch.Tensor:
-        """encode(items) -> (items, D), of which each process computes a part and all get all.
+    def share(self, items: list, embed: Callable) -> torch.Tensor:
+        """embed(items) -> (items, D), of which each process computes a part and all get all.
 
         Every part is of one length, for sharded layers meet in each forward pass: where the items
         do not go round, the first ones are computed again."""
         processes = world_size()
         if processes == 1:
-            return encode(items)
+            return embed(items)
         rounds = math.ceil(len(items) / processes)
         places = range(rank(), rounds * processes, processes)
-        mine = encode([items[place % len(items)] for place in places])  # (rounds, D)
+        mine = embed([items[place % len(items)] for place in places])  # (rounds, D)
         vectors = gather_rows(mine.to(self.embedder.model.device))  # (processes * rounds, D)
         # From one process after another to the order of the items.
         vectors = vectors.unflatten(0, (processes, rounds)).transpose(0, 1).flatten(0, 1)
@@ -415,6 +428,7 @@ def fingerprint(embedder: Embedder) -> str:
     layout = embedder.layout
     processor = embedder.processor
     model = embedder.model
+    # Any picture will do: only the prompt around it counts here.
     blank = torch.zeros(3, *processor.size)
     prompts = [layout.image_side(image=blank), layout.text_side(""), embedder.is_adapted]
     lora_configs = [getattr(each, "config", 0) for each in adapters(model).values()]
@@ -579,18 +593,8 @@ def imagenet(
     for template in templates:
         if "{}" not in template:
             raise InputError(f"--template {template!r}: has no {{}} where the class's name goes")
-    class_embeddings = []
-    for start in range(0, len(names), 25):  # ImageNet's 1,000 classes are 80,000 texts
-        texts = []
-        for name in names[start : start + 25]:
-            texts += [template.replace("{}", name) for template in templates]
-        vectors = embeddings.texts(texts)  # (25 * templates, D)
-        vectors = vectors.unflatten(0, (-1, len(templates)))  # (25, templates, D)
-        class_embeddings.append(vectors.mean(dim=1))
-    # A mean of unit vectors is shorter than they are, of each class by another factor.
-    class_embeddings = F.normalize(torch.cat(class_embeddings), dim=-1)  # (classes, D)
-
     label = torch.tensor([number for _, number in pictures])
+    class_embeddings = embed_classes(embeddings, names, templates)  # (classes, D)
     scores = embeddings.images([path for path, _ in pictures]) @ class_embeddings.T
     own_score = scores.gather(1, label[:, None])  # (images, 1)
     # All classes of a name have the number of the first: none of them is a wrong answer.
@@ -598,6 +602,20 @@ def imagenet(
     is_wrong = name_number[label][:, None] != name_number  # (images, classes)
     rank_of_label = ((scores >= own_score) & is_wrong).sum(dim=1)
     return {"top1": percent(rank_of_label < 1), "top5": percent(rank_of_label < 5)}
+
+
+def embed_classes(embeddings: Embeddings, names: list[str], templates: list[str]) -> torch.Tensor:
+    """The mean of each name's embeddings in all templates, at unit length -> (classes, D)."""
+    means = []
+    for start in range(0, len(names), 25):  # ImageNet's 1,000 classes are 80,000 texts
+        texts = []
+        for name in names[start : start + 25]:
+            texts += [template.replace("{}", name) for template in templates]
+        vectors = embeddings.texts(texts)  # (25 * templates, D)
+        vectors = vectors.unflatten(0, (-1, len(templates)))  # (25, templates, D)
+        means.append(vectors.mean(dim=1))
+    # A mean of unit vectors is shorter than they are, of each class by another factor.
+    return F.normalize(torch.cat(means), dim=-1)
 
 
 # ---- CIDEr-D
@@ -611,12 +629,12 @@ def cider_d(generated: list[str], references: list[list[str]]) -> dict[str, floa
     Stanford's tokenizer). One generated caption an image, one or more references an image.
     Returns {} where nothing can be told: of a single picture, or of pictures with the same
     captions, no n-gram is rarer than another, and a perfect caption would get 0."""
-    if not any(any(ngram_weights(references, n).values()) for n in range(1, 5)):
+    weights_of = {n: ngram_weights(references, n) for n in range(1, 5)}
+    if not any(any(weights.values()) for weights in weights_of.values()):
         return {}
     rarest = math.log(len(references))  # the weight of an n-gram that no reference has
     total = 0.0
-    for n in range(1, 5):
-        weights = ngram_weights(references, n)
+    for n, weights in weights_of.items():
         for guess, texts in zip(generated, references, strict=True):
             agreements = [cider_agreement(guess, text, n, weights, rarest) for text in texts]
             total += sum(agreements) / len(texts)
@@ -788,7 +806,7 @@ def score_greedy_captions(
     generated = []
     references = []
     for pixels, captions in described:
-        generated += answers_about(embedder, layout, pixels, 128)
+        generated += answers_about(embedder, layout, pixels, max_new_tokens=128)
         references += captions
     return score(generated, references)
 
@@ -949,7 +967,7 @@ def paper_rows(table: str = "ablation") -> dict[str, dict[str, float]]:
     return {f"paper: {name}": row for name, row in tables[table].items()}
 
 
-# ---- Commands. The options that several have, which scripts in examples/ share
+# ---- What the options name, opened; for the scripts in examples/ too
 
 
 def open_embedder(args: argparse.Namespace) -> Embedder:
@@ -1043,7 +1061,11 @@ def table_command(embedder: Embedder, args: argparse.Namespace) -> None:
 
 
 def both_protocols(
-    rows: dict[str, dict], embedder: Embedder, items: list, domains: dict[Path, str], args
+    rows: dict[str, dict],
+    embedder: Embedder,
+    items: list,
+    domains: dict[Path, str],
+    args: argparse.Namespace,
 ) -> dict[str, dict]:
     """nocaps is reported in two ways, of which papers do not say which is theirs: all pictures
     compete, as in the rows given, or only those of one domain, and the mean over the domains."""
