@@ -24,15 +24,12 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # waiting threads sleep soon, see train.py
 
 import argparse
-import hashlib
 import json
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +43,11 @@ from backbones import Backbone, BackboneConfig
 from data import (
     IMAGE_PROMPT,
     TEXT_PROMPT,
-    Batch,
     CaptionDataset,
+    Chunk,
     ImageProcessor,
     Layout,
+    Sample,
     TextTokenizer,
     collate,
     move_images,
@@ -57,26 +55,30 @@ from data import (
     stack_images,
 )
 from fast.int8 import quantize
-from formats.files import InputError, LeftOut, read_json
-from formats.pictures import is_picture, pictures_in
-from formats.testsets import (
-    read_domains,
-    read_imagenet,
-    read_retrieval,
-    read_sugarcrepe,
-    read_winoground,
-)
+from formats.files import ROOT, InputError, LeftOut, find_folder, read_json, tell
+from formats.peft import refuse_adapter
+from formats.pictures import list_pictures
+from formats.testsets import SIZES, read_domains, read_retrieval, read_test
 from lora import SoftPrompt, adapters, adapters_disabled, load_adapter
 from losses import IGNORE
-from runtime.checkpoints import newest
-from runtime.embeddings import KeptEmbeddings, fingerprint_of, key_of_text
+from runtime.devices import pick_device
+from runtime.embeddings import KeptEmbeddings, base_hash, fingerprint_of, key_of_text
+from runtime.options import (
+    add_answer_options,
+    add_cache_option,
+    add_file_options,
+    add_images_option,
+    add_model_options,
+    add_prompt_options,
+    check_parent,
+    positive,
+)
 from runtime.processes import gather_rows, rank, world_size
-from runtime.terminal import print_any_text
+from runtime.resuming import read_run
+from runtime.terminal import errors_in_one_line
 
-ROOT = Path(__file__).parent
 TOY_MODEL = ROOT / "toy" / "tiny-llava"
 DESCRIBE = "Describe the image in detail."
-USER_ERRORS = (InputError, OSError)  # shown as one line, without a traceback
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Embedder:
     model: Backbone
     layout: Layout
     processor: ImageProcessor
-    base: str = ""  # the base model's hash
+    base: str = ""  # the base model's hash, see `base_hash`
 
     @property
     def notes(self) -> dict[str, str]:
@@ -105,12 +107,12 @@ class Embedder:
     def prepare(self, images: list[Image.Image | torch.Tensor]) -> list[torch.Tensor]:
         """RGB images, or what the processor made of them -> (3, height, width) fp32 each."""
 
-        def prepare(image):
+        def prepare_one(image: Image.Image | torch.Tensor) -> torch.Tensor:
             return image if torch.is_tensor(image) else self.processor(image)
 
         # Threads, for Pillow and NumPy let go of Python's lock while they resize.
         with ThreadPoolExecutor() as threads:
-            return list(threads.map(prepare, images))
+            return list(threads.map(prepare_one, images))
 
     def pixel_values(
         self, images: list[Image.Image | torch.Tensor]
@@ -122,29 +124,6 @@ class Embedder:
 
 
 # ---- Loading
-
-
-def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
-    """The best device here, or the one asked for, with the fastest dtype it computes well in.
-
-    On CUDA that is bf16 where the GPU has it, else fp16; on MPS and the CPU it is fp32.
-    Raises InputError for a device that cannot be used."""
-    if name is None and torch.cuda.is_available():
-        name = "cuda"
-    elif name is None and torch.backends.mps.is_available():
-        name = "mps"
-    elif name is None:
-        name = "cpu"
-    try:
-        device = torch.empty(0, device=name).device  # with its number, and usable
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: cannot be used here ({reason})") from None
-    if device.type != "cuda":
-        return device, torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return device, torch.bfloat16
-    return device, torch.float16
 
 
 def load_embedder(
@@ -170,30 +149,21 @@ def load_embedder(
         raise InputError(f"{folder}: a run keeps the prompts it was trained with; {advice}")
     if max_pixels:
         raise InputError(f"{folder}: a run keeps the max_pixels it was trained with")
-    settings = read_json(folder / "config.json")
-    base = settings.get("model")
-    if isinstance(base, str) and find_folder(base) is None:
-        advice = 'if it has moved, write its new place under "model" in there'
-        raise InputError(f"{folder / 'config.json'}: the base model {base} is gone; {advice}")
-    image_prompt = settings.get("image_prompt")
-    text_prompt = settings.get("text_prompt")
-    checkpoint = newest(folder)
-    has_settings = all(isinstance(text, str) for text in (base, image_prompt, text_prompt))
-    if not has_settings or checkpoint is None:
-        needed = "config.json, checkpoints/latest"
-        raise InputError(f"{folder}: not a complete run of train.py ({needed})")
-    # Adapters that learned on rounded weights are right on those, not on the whole ones.
-    int8 = settings.get("int8") is True
-    max_pixels = settings.get("max_pixels", 0)  # absent in older runs
-    if type(max_pixels) is not int:
-        raise InputError(f"{folder / 'config.json'}: max_pixels is {max_pixels!r}")
+    settings, checkpoint = read_run(folder)
     embedder = load_base(
-        base, device, image_prompt, text_prompt, int8=int8, dtype=dtype, max_pixels=max_pixels
+        settings["model"],
+        device,
+        settings["image_prompt"],
+        settings["text_prompt"],
+        # Adapters that learned on rounded weights are right on those, not on the whole ones.
+        int8=settings["int8"],
+        dtype=dtype,
+        max_pixels=settings["max_pixels"],
     )
     layout = embedder.layout
     model = embedder.model
     load_adapter(model, checkpoint, layout.image_prompt, layout.text_prompt, embedder.notes)
-    # Where prompts were learned, sequences hold their ids, which lie behind the vocabulary's.
+    # Where prompts were learned, sequences hold their ids, which come after the vocabulary's.
     if isinstance(model.language_model.embed_tokens, SoftPrompt):
         embedder.layout = layout.with_soft_prompts(model.config.text.vocab_size)
     return embedder
@@ -228,7 +198,7 @@ def load_base(
     else:
         model = backbones.load(folder, dtype or best_dtype, device)
     model.config.eos_token_ids = config.eos_token_ids
-    # Hashed as its file is: the numbers of `model` may be rounded already.
+    # Hashed from a view of its file: the numbers of `model` may be rounded already.
     base = base_hash(backbones.load(folder, None))
     if int8:
         quantize(model)
@@ -258,53 +228,42 @@ def read_folder(
     if text_prompt is None:
         text_prompt = TEXT_PROMPT
     # The files must agree with each other: a folder put together by hand often mixes two models.
-    family = backbones.family_of(folder)
-    tokenizer = TextTokenizer(folder)
-    number = config.num_image_tokens
-    layout = Layout(tokenizer, number, image_prompt, text_prompt, template=family.template)
+    layout = Layout(
+        TextTokenizer(folder),
+        config.num_image_tokens,
+        image_prompt,
+        text_prompt,
+        template=backbones.family_of(folder).template,
+    )
     if layout.image_id != config.image_token_id:
         found = f"{layout.template.image_token} is {layout.image_id} in tokenizer.json"
         found += f", {config.image_token_id} in config.json"
         raise InputError(f"{folder}: {found}: the files belong to different models")
-    refuse_ids_without_rows(folder, layout.tokenizer, config)
-    processor = family.processor.from_pretrained(folder)
+    refuse_unknown_ids(folder, layout.tokenizer, config)
+    processor = read_processor(folder, config, max_pixels)
+    # The end of an answer in the chat template ends it, whether or not the config lists it.
+    config.eos_token_ids = tuple({*config.eos_token_ids, layout.stop_id})
+    return folder, config, layout, processor
+
+
+def read_processor(folder: Path, config: BackboneConfig, max_pixels: int) -> ImageProcessor:
+    """What prepares pictures for the model in a folder, as its config wants them.
+
+    Raises InputError."""
+    processor = backbones.family_of(folder).processor.from_pretrained(folder)
     if max_pixels:
         processor.limit(max_pixels)
     side = config.vision.image_size
     if processor.size != (side, side):
         found = f"preprocessor_config.json makes images of {processor.size}"
         raise InputError(f"{folder}: {found}, config.json wants {side} x {side}")
-    # The end of an answer in the chat template ends it, whether or not the config lists it.
-    config.eos_token_ids = tuple({*config.eos_token_ids, layout.stop_id})
-    return folder, config, layout, processor
+    return processor
 
 
-def find_folder(folder: str | Path) -> Path | None:
-    """A model's folder, also where a relative path is meant from the project's: toy/tiny-llava is
-    found from anywhere. None where there is no such folder."""
-    for candidate in (Path(folder), ROOT / folder):
-        if candidate.is_dir():
-            return candidate
-    return None
+def refuse_unknown_ids(folder: Path, tokenizer: TextTokenizer, config: BackboneConfig) -> None:
+    """Raise InputError where the tokenizer makes ids that the model has no embedding for.
 
-
-def refuse_adapter(folder: Path) -> None:
-    """Raise InputError for a folder that holds adapters where a whole model is wanted."""
-    if (folder / "config.json").exists():
-        return
-    if (folder / "training_state.json").exists() or folder.parent.name == "checkpoints":
-        run = folder.parent.parent
-        raise InputError(f"{folder}: a checkpoint of a run; give the run's folder, {run}")
-    if (folder / "adapter_config.json").exists():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        advice = "merge it with PEFT's merge_and_unload, and give the folder of that"
-        raise InputError(f"{folder}: an adapter (of {base}), not a model; {advice}")
-
-
-def refuse_ids_without_rows(folder: Path, tokenizer: TextTokenizer, config: BackboneConfig) -> None:
-    """Raise InputError where the tokenizer makes ids that the embedding has no row for.
-
-    Ids behind the embedding's are those of soft prompts: such a token would become one of them."""
+    The ids that come next are those of soft prompts: such a token would become one of them."""
     vocabulary = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     token = max(vocabulary, key=vocabulary.get)
     if vocabulary[token] >= config.text.vocab_size:
@@ -315,21 +274,6 @@ def refuse_ids_without_rows(folder: Path, tokenizer: TextTokenizer, config: Back
         raise InputError(f"{folder}: {found}; {advice}")
 
 
-def base_hash(model: Backbone) -> str:
-    """SHA-256 of the names and shapes of a model's tensors, and of the first row of each in bf16.
-
-    The same in whatever layout and shards its files are, in fp32 and in bf16. The model must be as
-    its file is: fp16 would round it otherwise."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
-        if name == "lm_head.weight":
-            continue  # where it is tied to the embeddings, it has no name of its own
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        row = tensor.detach()[:1].bfloat16().cpu().flatten()
-        digest.update(row.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ---- Embeddings: the last hidden state at the summary position, at unit length
 
 
@@ -337,57 +281,63 @@ def encode_image(
     embedder: Embedder, images: list[Image.Image | torch.Tensor], batch_size: int = 64
 ) -> torch.Tensor:
     """RGB images, or what the processor made of them -> (B, D) fp32 on the CPU, unit length."""
-    layout = embedder.layout
     parts = [torch.empty(0, embedder.model.config.text.hidden_size)]
     # A batch at a time is prepared: pixels take more room than files.
     for start in range(0, len(images), batch_size):
         prepared = embedder.prepare(images[start : start + batch_size])
-        rows = [layout.image_side(image=image) for image in prepared]
-        parts.append(encode(embedder, rows, prepared, batch_size))
+        sequences = [embedder.layout.image_side(image=image) for image in prepared]
+        parts.append(encode(embedder, sequences, prepared, batch_size))
     return torch.cat(parts)
 
 
 def encode_text(embedder: Embedder, texts: list[str], batch_size: int = 256) -> torch.Tensor:
     """Texts -> (B, D) fp32 on the CPU, unit length."""
-    rows = [embedder.layout.text_side(text) for text in texts]
-    return encode(embedder, rows, None, batch_size)
+    sequences = [embedder.layout.text_side(text) for text in texts]
+    return encode(embedder, sequences, None, batch_size)
 
 
 @torch.no_grad()
 def encode(
     embedder: Embedder,
-    rows: list[list[int]],
+    sequences: list[list[int]],
     images: list[Image.Image | torch.Tensor] | None,
     batch_size: int,
 ) -> torch.Tensor:
-    """Token ids that end at the summary position, and an image for each row or for none
+    """Token ids that end at the summary position, and an image for each sequence or for none
     -> (B, D) fp32 on the CPU, unit length.
 
-    Raises InputError for a row that is longer than the model's positions."""
+    Raises InputError for a sequence that is longer than the model's positions."""
     model = embedder.model
-    longest = max((len(row) for row in rows), default=0)
-    positions = model.config.text.max_position_embeddings
-    if longest > positions:  # rotary embeddings would go on, to where nothing was trained
-        found = f"a text and its prompt are {longest} tokens, the model has {positions} positions"
-        raise InputError(f"{found}; shorten it")
-    # By length, so that rows of like length share a batch and little of it is padding.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    embeddings = torch.empty(len(rows), model.config.text.hidden_size)
-    for start in range(0, len(rows), batch_size):
+    refuse_too_long(sequences, model)
+    # By length, so that sequences of like length share a batch and little of it is padding.
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    embeddings = torch.empty(len(sequences), model.config.text.hidden_size)
+    for start in range(0, len(sequences), batch_size):
         chosen = order[start : start + batch_size]
-        ids = [torch.tensor(rows[index], device=model.device) for index in chosen]
+        ids = [torch.tensor(sequences[index], device=model.device) for index in chosen]
         input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (b, T)
         pixel_values = None
         if images:
             pixel_values = embedder.pixel_values([images[index] for index in chosen])
-        # No mask: under causal attention nothing sees the padding, which stands behind everything.
+        # No mask: under causal attention nothing sees the padding, which comes after everything.
         hidden = model(input_ids, pixel_values)  # (b, T, D)
-        # Never [:, -1]: that is a padded position in all rows but the longest.
-        last = torch.tensor([len(row) - 1 for row in ids], device=model.device)
-        summary = hidden[torch.arange(len(chosen), device=model.device), last]  # (b, D)
+        # Never [:, -1]: that is padding in all sequences but the longest.
+        summary = torch.tensor([len(each) - 1 for each in ids], device=model.device)  # (b,)
+        states = hidden[torch.arange(len(chosen), device=model.device), summary]  # (b, D)
         # In fp32, for bf16 has two to three digits. Written back in the order given.
-        embeddings[chosen] = F.normalize(summary.float(), dim=-1).cpu()
+        embeddings[chosen] = F.normalize(states.float(), dim=-1).cpu()
     return embeddings
+
+
+def refuse_too_long(sequences: list[list[int]], model: Backbone) -> None:
+    """Raise InputError for a sequence that is longer than the model's positions.
+
+    Rotary embeddings would go on, to where nothing was trained."""
+    longest = max((len(sequence) for sequence in sequences), default=0)
+    positions = model.config.text.max_position_embeddings
+    if longest > positions:
+        found = f"a text and its prompt are {longest} tokens, the model has {positions} positions"
+        raise InputError(f"{found}; shorten it")
 
 
 class Embeddings:
@@ -409,14 +359,14 @@ class Embeddings:
         keys = self.kept.keys_of_files(paths)
         # One batch at a time: what a stop can lose is one batch of them.
         self.compute_missing(keys, paths, self.encode_files, 64, "pictures")
-        return self.kept.rows(keys)
+        return self.kept.vectors_of(keys)
 
     def texts(self, captions: list[str]) -> torch.Tensor:
         """Strings -> (captions, D). Raises InputError."""
         keys = [key_of_text(text) for text in captions]
         # Several batches at a time, so that sorting by length has something to sort.
         self.compute_missing(keys, captions, self.encode_captions, 2048, "captions")
-        return self.kept.rows(keys)
+        return self.kept.vectors_of(keys)
 
     def encode_files(self, paths: list[Path]) -> torch.Tensor:
         """Pictures are read here, not before: thousands of them would not fit the memory."""
@@ -432,9 +382,11 @@ class Embeddings:
         return encode_text(self.embedder, captions)
 
     def compute_missing(
-        self, keys: list[bytes], items: list, encode: Callable, at_a_time: int, name: str
+        self, keys: list[bytes], items: list, embed: Callable, at_a_time: int, name: str
     ) -> None:
-        """Encode the items whose keys are not known, and keep each part as soon as it is there."""
+        """Embed the items whose keys are not known, and keep each part as soon as it is there.
+
+        embed: list of items -> (items, D)."""
         if not items:
             raise InputError(f"there are no {name} to embed")
         missing = {}  # one item for each key: copies are computed once
@@ -446,23 +398,24 @@ class Embeddings:
         label = f"embedding {len(new_keys)} {name}"
         for start in tqdm(starts, desc=label, delay=2, leave=False):
             part = new_keys[start : start + at_a_time]
-            vectors = self.share([missing[key] for key in part], encode)
-            if not vectors.isfinite().all():  # every comparison with NaN is false, so it is no tie
+            vectors = self.share([missing[key] for key in part], embed)
+            # Every comparison with NaN is false, so the tie rule would not catch it.
+            if not vectors.isfinite().all():
                 cause = "the model has diverged, or overflows in fp16"
                 raise InputError(f"embeddings of {name} are not finite; {cause}")
             self.kept.add(part, vectors)
 
-    def share(self, items: list, encode: Callable) -> torch.Tensor:
-        """encode(items) -> (items, D), of which each process computes a part and all get all.
+    def share(self, items: list, embed: Callable) -> torch.Tensor:
+        """embed(items) -> (items, D), of which each process computes a part and all get all.
 
         Every part is of one length, for sharded layers meet in each forward pass: where the items
         do not go round, the first ones are computed again."""
         processes = world_size()
         if processes == 1:
-            return encode(items)
+            return embed(items)
         rounds = math.ceil(len(items) / processes)
         places = range(rank(), rounds * processes, processes)
-        mine = encode([items[place % len(items)] for place in places])  # (rounds, D)
+        mine = embed([items[place % len(items)] for place in places])  # (rounds, D)
         vectors = gather_rows(mine.to(self.embedder.model.device))  # (processes * rounds, D)
         # From one process after another to the order of the items.
         vectors = vectors.unflatten(0, (processes, rounds)).transpose(0, 1).flatten(0, 1)
@@ -475,6 +428,7 @@ def fingerprint(embedder: Embedder) -> str:
     layout = embedder.layout
     processor = embedder.processor
     model = embedder.model
+    # Any picture will do: only the prompt around it counts here.
     blank = torch.zeros(3, *processor.size)
     prompts = [layout.image_side(image=blank), layout.text_side(""), embedder.is_adapted]
     lora_configs = [getattr(each, "config", 0) for each in adapters(model).values()]
@@ -531,7 +485,7 @@ def percent(correct: torch.Tensor) -> float:
 
 
 def similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Cosine similarities of row i with row i, both (B, D) of unit length -> (B,)."""
+    """Cosine similarities of a[i] with b[i], both (B, D) of unit length -> (B,)."""
     return (a * b).sum(-1)
 
 
@@ -639,18 +593,8 @@ def imagenet(
     for template in templates:
         if "{}" not in template:
             raise InputError(f"--template {template!r}: has no {{}} where the class's name goes")
-    class_embeddings = []
-    for start in range(0, len(names), 25):  # ImageNet's 1,000 classes are 80,000 texts
-        texts = []
-        for name in names[start : start + 25]:
-            texts += [template.replace("{}", name) for template in templates]
-        vectors = embeddings.texts(texts)  # (25 * templates, D)
-        vectors = vectors.unflatten(0, (-1, len(templates)))  # (25, templates, D)
-        class_embeddings.append(vectors.mean(dim=1))
-    # A mean of unit vectors is shorter than they are, of each class by another factor.
-    class_embeddings = F.normalize(torch.cat(class_embeddings), dim=-1)  # (classes, D)
-
     label = torch.tensor([number for _, number in pictures])
+    class_embeddings = embed_classes(embeddings, names, templates)  # (classes, D)
     scores = embeddings.images([path for path, _ in pictures]) @ class_embeddings.T
     own_score = scores.gather(1, label[:, None])  # (images, 1)
     # All classes of a name have the number of the first: none of them is a wrong answer.
@@ -658,6 +602,20 @@ def imagenet(
     is_wrong = name_number[label][:, None] != name_number  # (images, classes)
     rank_of_label = ((scores >= own_score) & is_wrong).sum(dim=1)
     return {"top1": percent(rank_of_label < 1), "top5": percent(rank_of_label < 5)}
+
+
+def embed_classes(embeddings: Embeddings, names: list[str], templates: list[str]) -> torch.Tensor:
+    """The mean of each name's embeddings in all templates, at unit length -> (classes, D)."""
+    means = []
+    for start in range(0, len(names), 25):  # ImageNet's 1,000 classes are 80,000 texts
+        texts = []
+        for name in names[start : start + 25]:
+            texts += [template.replace("{}", name) for template in templates]
+        vectors = embeddings.texts(texts)  # (25 * templates, D)
+        vectors = vectors.unflatten(0, (-1, len(templates)))  # (25, templates, D)
+        means.append(vectors.mean(dim=1))
+    # A mean of unit vectors is shorter than they are, of each class by another factor.
+    return F.normalize(torch.cat(means), dim=-1)
 
 
 # ---- CIDEr-D
@@ -671,12 +629,12 @@ def cider_d(generated: list[str], references: list[list[str]]) -> dict[str, floa
     Stanford's tokenizer). One generated caption an image, one or more references an image.
     Returns {} where nothing can be told: of a single picture, or of pictures with the same
     captions, no n-gram is rarer than another, and a perfect caption would get 0."""
-    if not any(any(ngram_weights(references, n).values()) for n in range(1, 5)):
+    weights_of = {n: ngram_weights(references, n) for n in range(1, 5)}
+    if not any(any(weights.values()) for weights in weights_of.values()):
         return {}
     rarest = math.log(len(references))  # the weight of an n-gram that no reference has
     total = 0.0
-    for n in range(1, 5):
-        weights = ngram_weights(references, n)
+    for n, weights in weights_of.items():
         for guess, texts in zip(generated, references, strict=True):
             agreements = [cider_agreement(guess, text, n, weights, rarest) for text in texts]
             total += sum(agreements) / len(texts)
@@ -687,7 +645,10 @@ def cider_d(generated: list[str], references: list[list[str]]) -> dict[str, floa
 def ngrams(text: str, n: int) -> Counter:
     """How often each run of n words stands in a text."""
     words = re.findall(r"[\w']+", text.lower())
-    return Counter(zip(*(words[start:] for start in range(n))))
+    counts = Counter()
+    for start in range(len(words) - n + 1):
+        counts[tuple(words[start : start + n])] += 1
+    return counts
 
 
 def ngram_weights(references: list[list[str]], n: int) -> dict[tuple, float]:
@@ -744,7 +705,7 @@ def answers_about(
     max_new_tokens: int,
     temperature: float = 0,
 ) -> list[str]:
-    """What the model says of each image, behind the layout's image prompt. Raises InputError."""
+    """What the model says of each image, after the layout's image prompt. Raises InputError."""
     prepared = embedder.prepare(images)
     prompts = [layout.image_side(image=image) for image in prepared]
     room = room_for_answer(embedder, max(prompts, key=len), max_new_tokens)
@@ -773,7 +734,6 @@ def room_for_answer(embedder: Embedder, prompt: list[int], wanted: int) -> int:
     return min(wanted, room)
 
 
-@torch.no_grad()
 def captioning(
     embedder: Embedder,
     path: Path,
@@ -782,97 +742,111 @@ def captioning(
     limit: int = 256,
     score: Callable | None = None,
 ) -> dict[str, float]:
-    """Of the first `limit` records, the share of the long captions' tokens that are the likeliest,
-    given the image and all tokens before: "token_accuracy".
+    """What the model says of the first `limit` pictures of a file, measured in two ways.
 
-    Files in retrieval's formats (.json) have short captions only: for them there is no accuracy.
+    `token_accuracy`, of a training file: of files in retrieval's formats (.json) there is none, for
+    they have short captions only. And what `score_greedy_captions` finds, where there is a `score`.
 
     Args:
         images: the folder of the pictures.
         question: what to ask, see `caption_layout`.
-        score: score(generated, references) -> more measures, of greedy captions.
+        score: score(generated, references) -> more measures, such as `cider_d`.
     Raises:
-        InputError: for a file without long captions, a picture that cannot be read."""
+        InputError: for a training file without long captions, a picture that cannot be read."""
     layout = caption_layout(embedder, question)
-    is_short = path.suffix == ".json"
-    if is_short:
-        batches = short_caption_batches(embedder, path, images, limit)
-    else:
-        batches = long_caption_batches(embedder, path, images, layout, limit)
-    right = 0
-    total = 0
-    generated = []
-    references = []
-    for pixels, captions, batch in batches:
-        if batch is not None:
-            # Token by token, as the loss counts: a longer caption weighs more.
-            right += tokens_right(embedder, batch)
-            total += batch.num_tokens
-        if score is not None and pixels:
-            generated += answers_about(embedder, layout, pixels, 128)
-            references += captions
-    if not is_short and not total:
-        raise InputError(f"{path}: no long captions")
     result = {}
-    if not is_short:
-        result["token_accuracy"] = 100 * right / total
+    if path.suffix == ".json":
+        left_out = LeftOut()
+        items = read_retrieval(path, images, left_out=left_out)
+        tell(path, left_out)
+        items = [item for item in items if item[1]]  # some pictures have no caption
+        described = short_captions(embedder, items[:limit])
+    else:
+        dataset = CaptionDataset(path, layout, embedder.processor, images)
+        result["token_accuracy"] = token_accuracy(embedder, dataset, limit)
+        described = long_captions(dataset, limit)
     if score is not None:
-        result.update(score(generated, references))
+        result.update(score_greedy_captions(embedder, layout, described, score))
     return result
 
 
-CaptionBatch = tuple[list[torch.Tensor], list[list[str]], Batch | None]
+@torch.no_grad()
+def token_accuracy(embedder: Embedder, dataset: CaptionDataset, limit: int) -> float:
+    """Of the first `limit` records, the share of the long captions' tokens that are the likeliest,
+    given the image and all tokens before (teacher forcing), in percent. Raises InputError."""
+    right = 0
+    total = 0
+    for samples in samples_of(dataset, limit):
+        batch = collate(samples, dataset.layout, micro_batch=32)
+        # Token by token, as the loss counts: a longer caption weighs more.
+        for chunk in batch.images:
+            right += tokens_right(embedder.model, chunk)
+        total += batch.num_tokens
+    if not total:
+        raise InputError(f"{dataset.path}: no long captions")
+    return 100 * right / total
 
 
-def short_caption_batches(
-    embedder: Embedder, path: Path, images: Path, limit: int
-) -> Iterator[CaptionBatch]:
-    """64 records at a time of a file in retrieval's formats: (pixels, captions of each, None)."""
-    left_out = LeftOut()
-    items = [item for item in read_retrieval(path, images, left_out=left_out) if item[1]]
-    tell(path, left_out)
-    for some in parts_of(min(limit, len(items))):
-        pixels = [embedder.processor(open_image(items[index][0])) for index in some]
-        captions = [items[index][1] for index in some]
-        yield pixels, captions, None
+def tokens_right(model: Backbone, chunk: Chunk) -> int:
+    """How many of the tokens that a chunk's positions should predict are the likeliest there."""
+    chunk = chunk.to(model.device)
+    # Only positions that have a label meet the head: logits are the largest tensor of all.
+    supervised = chunk.labels != IGNORE
+    hidden = model(chunk.input_ids, chunk.pixel_values)[supervised]  # (N, D)
+    predicted = model.logits(hidden).argmax(-1)  # (N,)
+    return (predicted == chunk.labels[supervised]).sum().item()
 
 
-def long_caption_batches(
-    embedder: Embedder, path: Path, images: Path, layout: Layout, limit: int
-) -> Iterator[CaptionBatch]:
-    """64 records at a time of a training file: (pixels, long captions, what training sees)."""
-    dataset = CaptionDataset(path, layout, embedder.processor, images)
-    for some in parts_of(min(limit, len(dataset))):
+def score_greedy_captions(
+    embedder: Embedder, layout: Layout, described: Iterator[tuple], score: Callable
+) -> dict[str, float]:
+    """score(generated, references): of each picture a greedy caption, and those that it has.
+
+    described: yields prepared pictures, (3, height, width) each, and a list of captions of each."""
+    generated = []
+    references = []
+    for pixels, captions in described:
+        generated += answers_about(embedder, layout, pixels, max_new_tokens=128)
+        references += captions
+    return score(generated, references)
+
+
+def short_captions(embedder: Embedder, items: list[tuple[Path, list[str]]]) -> Iterator[tuple]:
+    """64 pictures of a retrieval test at a time, prepared, and all captions of each."""
+    for part in parts_of(len(items)):
+        pixels = [embedder.processor(open_image(items[index][0])) for index in part]
+        yield pixels, [items[index][1] for index in part]
+
+
+def long_captions(dataset: CaptionDataset, limit: int) -> Iterator[tuple]:
+    """Of 64 records of a training file at a time the pictures, prepared, and their long captions.
+
+    They are read again after `token_accuracy`: a picture takes far less time to read than to
+    describe, and all of them together would not fit the memory."""
+    decode = dataset.layout.tokenizer.decode
+    for samples in samples_of(dataset, limit):
+        samples = [sample for sample in samples if sample.long]
+        if samples:
+            pixels = [sample.pixel_values for sample in samples]
+            yield pixels, [[decode(sample.long)] for sample in samples]
+
+
+def samples_of(dataset: CaptionDataset, limit: int) -> Iterator[list[Sample]]:
+    """The first `limit` records, 64 at a time. Raises InputError."""
+    for part in parts_of(min(limit, len(dataset))):
         # Draw 0: of several long captions always the first, so that a table can be repeated.
-        samples = [dataset[index, 0] for index in some]
-        batch = collate(samples, layout, micro_batch=32)
-        if batch.skipped:  # training may go on without a picture, a table would be of another set
-            raise InputError(f"{path}: {batch.skipped[0]}")
-        described = [sample for sample in samples if sample.long]
-        pixels = [sample.pixel_values for sample in described]
-        captions = [[embedder.tokenizer.decode(sample.long)] for sample in described]
-        yield pixels, captions, batch
+        samples = [dataset[index, 0] for index in part]
+        for sample in samples:
+            # Training may go on without a picture; a table would be of another set.
+            if sample.error is not None:
+                raise InputError(f"{dataset.path}: {sample.error}")
+        yield samples
 
 
 def parts_of(count: int) -> Iterator[range]:
     """0 to count - 1, 64 at a time."""
     for start in tqdm(range(0, count, 64), desc="captioning", delay=2, leave=False):
         yield range(start, min(start + 64, count))
-
-
-def tokens_right(embedder: Embedder, batch: Batch) -> int:
-    """How many tokens of a batch's long captions are the likeliest, given the image and all tokens
-    before (teacher forcing)."""
-    model = embedder.model
-    right = 0
-    for chunk in batch.images:
-        chunk = chunk.to(model.device)
-        # Only positions that have a label meet the head: logits are the largest tensor of all.
-        supervised = chunk.labels != IGNORE
-        hidden = model(chunk.input_ids, chunk.pixel_values)[supervised]  # (N, D)
-        predicted = model.logits(hidden).argmax(-1)  # (N,)
-        right += (predicted == chunk.labels[supervised]).sum().item()
-    return right
 
 
 # ---- A set of tests
@@ -885,69 +859,6 @@ METRICS = {
     "winoground": winoground,
     "imagenet": imagenet,
 }
-SUGARCREPE = (
-    "replace_obj",
-    "replace_att",
-    "replace_rel",
-    "swap_obj",
-    "swap_att",
-    "add_obj",
-    "add_att",
-)
-SUGARCREPE_PP = SUGARCREPE[:5]  # it has no add_* files
-# How much there is of the published test sets, as `read_test` counts it.
-SIZES = {
-    # images and captions
-    "retrieval": {
-        (1000, 5000): "Flickr30k",
-        (5000, 25010): "COCO",
-        (5000, 25000): "COCO",
-        (4500, 45000): "nocaps",
-    },
-    # items of each file
-    "sugarcrepe": {(1652, 788, 1406, 245, 666, 2062, 692): "SugarCrepe"},
-    "sugarcrepe++": {(1652, 788, 1406, 245, 666): "SugarCrepe++"},
-    # items
-    "winoground": {(400,): "Winoground"},
-    # images and classes
-    "imagenet": {(50000, 1000): "ImageNet"},
-}
-
-
-def read_test(
-    name: str,
-    file: Path,
-    images: Path,
-    split: str = "test",
-    captions_per_image: int | None = None,
-    classes: Path | None = None,
-    left_out: LeftOut | None = None,
-) -> tuple:
-    """One of METRICS from its authors' files: what its function wants, and how much of it there
-    is, as in SIZES. What is not used is counted in `left_out`. Raises InputError."""
-    if name == "retrieval":
-        items = read_retrieval(file, images, split, captions_per_image, left_out)
-        num_captions = sum(len(captions) for _, captions in items)
-        return items, (len(items), num_captions)
-    if name == "winoground":
-        items = read_winoground(file, images, left_out)
-        return items, (len(items),)
-    if name == "imagenet":
-        pictures, names = read_imagenet(file, classes, left_out)
-        return (pictures, names), (len(pictures), len(names))
-    if not file.is_dir():
-        advice = f"give the one that holds {SUGARCREPE[0]}.json and the other files"
-        raise InputError(f"{file}: is not a folder; {advice}")
-    if name == "sugarcrepe":
-        kinds = SUGARCREPE
-        captions = ("caption", "negative_caption")
-    else:
-        kinds = SUGARCREPE_PP
-        captions = ("caption", "caption2", "negative_caption")
-    files = {}
-    for kind in kinds:
-        files[kind] = read_sugarcrepe(file / f"{kind}.json", images, captions, left_out)
-    return files, tuple(len(items) for items in files.values())
 
 
 def evaluate(
@@ -985,12 +896,6 @@ def evaluate(
     return tables
 
 
-def tell(file: Path, left_out: LeftOut) -> None:
-    """Print what a test does not use, and where it was met first."""
-    for line in left_out.lines():
-        print(f"{file}: left out: {line}")
-
-
 def captioning_both_ways(
     embedder: Embedder, file: Path, images: Path, score: Callable | None
 ) -> dict[str, float]:
@@ -1006,7 +911,7 @@ def captioning_both_ways(
 # ---- How results are shown
 
 
-def summary(tables: dict) -> dict[str, float]:
+def table_columns(tables: dict) -> dict[str, float]:
     """The columns of the printed table, as far as they were measured."""
     recalls = tables.get("retrieval", {})
     files = tables.get("sugarcrepe", {})
@@ -1039,7 +944,7 @@ def mean_of_files(files: dict[str, float], group: str) -> float | None:
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """Rows of `summary` under each other. Rows called "difference" show their signs."""
+    """Rows of `table_columns` under each other. Rows called "difference" show their signs."""
     widths = {}  # of the columns, in the order in which rows name them
     for row in rows.values():
         for name in row:
@@ -1062,57 +967,7 @@ def paper_rows(table: str = "ablation") -> dict[str, dict[str, float]]:
     return {f"paper: {name}": row for name, row in tables[table].items()}
 
 
-# ---- Commands. The options that several have, which scripts in examples/ share
-
-
-def positive(text: str) -> int:
-    """An argument that must be a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    """An argument that must be a finite number of at least 0."""
-    if not 0 <= float(text) < math.inf:  # where it is no number at all, argparse says so
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return float(text)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    model = "LLaVA folder or run of train.py (the untrained toy)"
-    adapters = "use a run's base model, without its adapters"
-    parser.add_argument("--model", default=TOY_MODEL, metavar="DIR", help=model)
-    parser.add_argument("--no-adapters", action="store_true", help=adapters)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (the best one here)")
-    pixels = "largest picture, where a model's differ in size (as its files say)"
-    parser.add_argument("--max_pixels", type=positive, metavar="N", help=pixels)
-
-
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    # No default here: a run refuses prompts that are given, for it keeps its own.
-    image = "what follows an image (the paper's)"
-    text = "what follows a text (the paper's)"
-    parser.add_argument("--image_prompt", metavar="TEXT", help=image)
-    parser.add_argument("--text_prompt", metavar="TEXT", help=text)
-
-
-def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    cache = "where embeddings are kept (in the run, or in runs/embeddings)"
-    parser.add_argument("--cache", type=Path, metavar="DIR", help=cache)
-
-
-def add_answer_options(parser: argparse.ArgumentParser) -> None:
-    question = f"what to ask ({DESCRIBE!r}, or the prompt that a run was trained with)"
-    temperature = "0 is greedy (default), above samples"
-    parser.add_argument("--question", help=question)
-    parser.add_argument("--temperature", type=not_negative, default=0.0, help=temperature)
-    parser.add_argument(
-        "--max_new_tokens", type=positive, default=256, metavar="N", help="longest answer (256)"
-    )
-    parser.add_argument(
-        "--batch", type=positive, default=8, metavar="N", help="pictures at a time (8)"
-    )
+# ---- What the options name, opened; for the scripts in examples/ too
 
 
 def open_embedder(args: argparse.Namespace) -> Embedder:
@@ -1140,47 +995,7 @@ def open_embeddings(embedder: Embedder, args: argparse.Namespace) -> Embeddings:
     return Embeddings(embedder, beside / "embeddings")
 
 
-def check_parent(path: Path | None) -> None:
-    """Before anything is computed: is the folder there, in which the result will be written?"""
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Inside, what a user can mend ends the program with one line instead of a traceback."""
-    print_any_text()
-    try:
-        yield
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 # ---- The commands of this file
-
-
-def list_pictures(given: list[Path]) -> list[Path]:
-    """Pictures as they are named, all in folders that are named, and what a pattern matches that
-    the shell has left as it is (Windows' do). Says what is left out in folders."""
-    paths = []
-    for path in given:
-        if path.is_dir():
-            left_out = LeftOut()
-            paths += pictures_in(path, left_out)
-            tell(path, left_out)
-        elif any(sign in path.name for sign in "*?[") and not path.exists():
-            matching = sorted(each for each in path.parent.glob(path.name) if is_picture(each.name))
-            if not matching:
-                raise InputError(f"{path}: no picture has such a name")
-            paths += matching
-        else:
-            paths.append(path)
-    if not paths:
-        names = ", ".join(str(path) for path in given)
-        raise InputError(f"{names}: there are no pictures to embed or to describe")
-    return paths
 
 
 def caption_command(embedder: Embedder, args: argparse.Namespace) -> None:
@@ -1246,7 +1061,11 @@ def table_command(embedder: Embedder, args: argparse.Namespace) -> None:
 
 
 def both_protocols(
-    rows: dict[str, dict], embedder: Embedder, items: list, domains: dict[Path, str], args
+    rows: dict[str, dict],
+    embedder: Embedder,
+    items: list,
+    domains: dict[Path, str],
+    args: argparse.Namespace,
 ) -> dict[str, dict]:
     """nocaps is reported in two ways, of which papers do not say which is theirs: all pictures
     compete, as in the rows given, or only those of one domain, and the mean over the domains."""
@@ -1277,7 +1096,7 @@ def print_sizes(name: str, file: Path, sizes: tuple[int, ...]) -> str:
 
 def print_means(row: dict[str, float], sizes: tuple[int, ...]) -> None:
     """The means of SugarCrepe's files: by group as papers give them, of all files, of all items."""
-    means = summary({"sugarcrepe": row})
+    means = table_columns({"sugarcrepe": row})
     means["all files"] = sum(row.values()) / len(row)
     weighted = [value * size for value, size in zip(row.values(), sizes)]
     means["all items"] = sum(weighted) / sum(sizes)
@@ -1308,6 +1127,18 @@ def write_rows(rows: dict[str, dict], args: argparse.Namespace) -> None:
 
 # ---- Arguments
 
+# The commands that print a table of METRICS, and what --help says of them.
+TABLE_COMMANDS = {
+    "retrieval": (
+        "Flickr30k, COCO, nocaps (Karpathy's, COCO's or BLIP's JSON): R@1, 5, 10 both ways; "
+        "a tie counts as lost"
+    ),
+    "sugarcrepe": "its seven files: the caption must beat its negative, strictly",
+    "sugarcrepe++": "its five files: ITT and TOT",
+    "winoground": "its examples.jsonl: text, image and group score",
+    "imagenet": "zero-shot classes of a folder of folders: top 1 and 5",
+}
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -1319,41 +1150,14 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("caption", help=text, description=text)
     pictures = "pictures, or folders of pictures"
     command.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE", help=pictures)
-    add_answer_options(command)
-    add_model_options(command)
+    add_answer_options(command, DESCRIBE)
+    add_model_options(command, TOY_MODEL)
     command.set_defaults(function=caption_command, json=None)
 
-    text = "Flickr30k, COCO, nocaps (Karpathy's, COCO's or BLIP's JSON): R@1, 5, 10 both ways; "
-    text += "a tie counts as lost"
-    command = commands.add_parser("retrieval", help=text, description=text)
-    add_table_options(command)
-    add_images_option(command)
-    some = "the first N only; 5 makes COCO's 25,010 25,000"
-    command.add_argument("--split", default="test", help="Karpathy's split (test)")
-    command.add_argument("--captions_per_image", type=positive, metavar="N", help=some)
-
-    text = "its seven files: the caption must beat its negative, strictly"
-    command = commands.add_parser("sugarcrepe", help=text, description=text)
-    add_table_options(command)
-    add_images_option(command)
-
-    text = "its five files: ITT and TOT"
-    command = commands.add_parser("sugarcrepe++", help=text, description=text)
-    add_table_options(command)
-    add_images_option(command)
-
-    text = "its examples.jsonl: text, image and group score"
-    command = commands.add_parser("winoground", help=text, description=text)
-    add_table_options(command)
-    add_images_option(command)
-
-    text = "zero-shot classes of a folder of folders: top 1 and 5"
-    command = commands.add_parser("imagenet", help=text, description=text)
-    add_table_options(command)
-    names = "names in the order of the folders, one a line, or JSON"
-    template = '"a photo of a {}.", can be repeated (CLIP\'s 80)'
-    command.add_argument("--classes", type=Path, metavar="FILE", help=names)
-    command.add_argument("--template", action="append", metavar="TEXT", help=template)
+    for name, text in TABLE_COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add_table_options(command, name)
+        command.set_defaults(function=table_command)
 
     text = "long captions' tokens predicted right (our training format), "
     text += "CIDEr-D (that, or retrieval's formats)"
@@ -1363,32 +1167,30 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--question", help="what to ask, as for caption")
     limit = "records, from the first on (256)"
     command.add_argument("--limit", type=positive, default=256, metavar="N", help=limit)
-    add_model_options(command)
+    add_model_options(command, TOY_MODEL)
     command.set_defaults(function=captioning_command)
     return parser
 
 
-def add_file_options(command: argparse.ArgumentParser) -> None:
-    file = "the authors' file, or the folder of their files or classes"
-    command.add_argument("file", type=Path, metavar="FILE", help=file)
-    both = "a run's base model too, and the difference"
-    command.add_argument("--both", action="store_true", help=both)
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
-
-
-def add_images_option(command: argparse.ArgumentParser) -> None:
-    images = "folder of the pictures (beside the file)"
-    command.add_argument("--images", type=Path, metavar="DIR", help=images)
-
-
-def add_table_options(command: argparse.ArgumentParser) -> None:
+def add_table_options(command: argparse.ArgumentParser, name: str) -> None:
+    """The options of all TABLE_COMMANDS, and those of the one of this name."""
     add_file_options(command)
-    add_model_options(command)
+    add_model_options(command, TOY_MODEL)
     add_prompt_options(command)
     add_cache_option(command)
-    command.set_defaults(function=table_command)
-    # What only some of the tests have as options.
+    # `table_command` asks for these of every test, but only some have them as options.
     command.set_defaults(images=None, split="test", captions_per_image=None, classes=None)
+    if name != "imagenet":
+        add_images_option(command)
+    if name == "retrieval":
+        some = "the first N only; 5 makes COCO's 25,010 25,000"
+        command.add_argument("--split", default="test", help="Karpathy's split (test)")
+        command.add_argument("--captions_per_image", type=positive, metavar="N", help=some)
+    if name == "imagenet":
+        names = "names in the order of the folders, one a line, or JSON"
+        template = '"a photo of a {}.", can be repeated (CLIP\'s 80)'
+        command.add_argument("--classes", type=Path, metavar="FILE", help=names)
+        command.add_argument("--template", action="append", metavar="TEXT", help=template)
 
 
 def main(arguments: list[str] | None = None) -> None:

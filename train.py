@@ -752,7 +752,7 @@ def job(config: TrainConfig) -> None:
         with lora.adapters_disabled(embedder.model):
             before = measure(embedder, tests, score)
     if before["tables"]:
-        eval.print_table({"untrained": eval.summary(before["tables"])})
+        eval.print_table({"untrained": eval.table_columns(before["tables"])})
     print_sizes(config, embedder, dataset, data_path)
 
     # Only when all of this has worked, in every process, may the folder change.
@@ -915,8 +915,8 @@ def report(before: dict, after: dict, out: Path) -> None:
     """Print both tables, draw what was found, show both captions."""
     if after["tables"]:
         rows = {
-            "untrained": eval.summary(before["tables"]),
-            "trained": eval.summary(after["tables"]),
+            "untrained": eval.table_columns(before["tables"]),
+            "trained": eval.table_columns(after["tables"]),
         }
         rows["difference"] = {
             name: value - rows["untrained"][name] for name, value in rows["trained"].items()

@@ -254,8 +254,8 @@ def toy(report: Report, setting: Setting) -> None:
     report.figures("results", {"before": results["before"], "after": results["after"]})
     on_cpu = json.loads((ROOT / "docs" / "main.json").read_text())
     for when in ("before", "after"):
-        expected = eval.summary(on_cpu[when])
-        found = eval.summary(results[when])
+        expected = eval.table_columns(on_cpu[when])
+        found = eval.table_columns(results[when])
         listed = [f"{name} {found[name]:.1f} ({expected[name]:.1f})" for name in found]
         report.line(f"{when} (on the CPU)", ", ".join(listed) or "not tested")
 

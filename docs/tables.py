@@ -32,8 +32,8 @@ def main_table() -> str:
     """Five columns of what `python train.py` prints: before, after, the paper's rows."""
     results = json.loads((ROOT / "docs" / "main.json").read_text())
     rows = {
-        "untrained": eval.summary(results["before"]),
-        "trained": eval.summary(results["after"]),
+        "untrained": eval.table_columns(results["before"]),
+        "trained": eval.table_columns(results["after"]),
     }
     rows["difference"] = {
         name: value - rows["untrained"][name] for name, value in rows["trained"].items()

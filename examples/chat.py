@@ -8,14 +8,9 @@ import argparse
 from PIL import Image
 
 from data import open_image
-from eval import (
-    Embedder,
-    add_model_options,
-    errors_in_one_line,
-    open_embedder,
-    positive,
-    room_for_answer,
-)
+from eval import TOY_MODEL, Embedder, open_embedder, room_for_answer
+from runtime.options import add_model_options, positive
+from runtime.terminal import errors_in_one_line
 
 
 class Conversation:
@@ -55,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     longest = "longest answer (256)"
     parser.add_argument("image", metavar="IMAGE", help="a picture")
     parser.add_argument("--max_new_tokens", type=positive, default=256, metavar="N", help=longest)
-    add_model_options(parser)
+    add_model_options(parser, TOY_MODEL)
     args = parser.parse_args(arguments)
     with errors_in_one_line():
         embedder = open_embedder(args)

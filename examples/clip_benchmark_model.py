@@ -25,8 +25,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data import open_image
-from eval import Embedder, encode, errors_in_one_line, load_embedder
+from eval import Embedder, encode, load_embedder
 from formats.testsets import read_retrieval
+from runtime.terminal import errors_in_one_line
 
 PADDING = -1  # no token has this id
 

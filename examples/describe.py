@@ -18,21 +18,13 @@ import torch
 from tqdm import tqdm
 
 from data import LONG, open_image
-from eval import (
-    DESCRIBE,
-    Embedder,
-    add_model_options,
-    caption,
-    check_parent,
-    errors_in_one_line,
-    open_embedder,
-    positive,
-    tell,
-)
-from formats.files import InputError, LeftOut, without_surrogates
+from eval import DESCRIBE, TOY_MODEL, Embedder, caption, open_embedder
+from formats.files import InputError, LeftOut, tell, without_surrogates
 from formats.pictures import pictures_in
 from runtime.embeddings import digest_of_file
 from runtime.gallery import gallery
+from runtime.options import add_model_options, check_parent, positive
+from runtime.terminal import errors_in_one_line
 
 BRIEFLY = "Describe the image briefly."
 LOOK = 12  # pictures that are described before anyone has looked
@@ -195,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max_new_tokens", type=positive, default=256, metavar="N")
     parser.add_argument("--batch", type=positive, default=4, metavar="N", help="at a time (4)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (0)")
-    add_model_options(parser)
+    add_model_options(parser, TOY_MODEL)
     args = parser.parse_args(arguments)
     with errors_in_one_line():
         check_parent(args.out)

@@ -14,17 +14,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
-from eval import (
-    add_cache_option,
-    add_model_options,
-    add_prompt_options,
-    check_parent,
-    errors_in_one_line,
-    list_pictures,
-    open_embedder,
-    open_embeddings,
-)
+from eval import TOY_MODEL, open_embedder, open_embeddings
 from formats.files import InputError, open_text
+from formats.pictures import list_pictures
+from runtime.options import add_cache_option, add_model_options, add_prompt_options, check_parent
+from runtime.terminal import errors_in_one_line
 
 
 def read_lines(path: Path) -> list[str]:
@@ -44,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help=out)
     parser.add_argument("inputs", nargs="*", type=Path, metavar="IMAGE", help=pictures)
     parser.add_argument("--texts", type=Path, metavar="FILE", help=texts)
-    add_model_options(parser)
+    add_model_options(parser, TOY_MODEL)
     add_prompt_options(parser)
     add_cache_option(parser)
     args = parser.parse_args(arguments)

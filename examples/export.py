@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eval import ROOT, Embedder, errors_in_one_line, load_embedder, summary
+from eval import ROOT, Embedder, load_embedder, table_columns
 from formats.files import InputError, read_json
 from lora import SoftPrompt, merge_lora
+from runtime.terminal import errors_in_one_line
 
 # What is copied from the base model: processor, tokenizer, licence. Not tokenizer.model, which
 # would lack the prompts.
@@ -368,7 +369,7 @@ def results_table(run_folder: Path, settings: dict) -> str:
     rows = {}
     for name in ("before", "after"):
         if tables.get(name):
-            rows[name] = summary(tables[name])
+            rows[name] = table_columns(tables[name])
     columns = list(rows["after"])
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for name, row in rows.items():

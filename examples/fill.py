@@ -15,15 +15,10 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from data import LONG, CaptionDataset, open_image
-from eval import (
-    Embedder,
-    add_answer_options,
-    add_model_options,
-    caption,
-    errors_in_one_line,
-    open_embedder,
-)
+from eval import DESCRIBE, TOY_MODEL, Embedder, caption, open_embedder
 from formats.files import InputError, inside
+from runtime.options import add_answer_options, add_model_options
+from runtime.terminal import errors_in_one_line
 
 
 def fill(embedder: Embedder, source: Path, args: argparse.Namespace) -> None:
@@ -126,8 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     images = "folder of the pictures (beside the file)"
     parser.add_argument("source", type=Path, metavar="FILE", help=source)
     parser.add_argument("--images", type=Path, metavar="DIR", help=images)
-    add_answer_options(parser)
-    add_model_options(parser)
+    add_answer_options(parser, DESCRIBE)
+    add_model_options(parser, TOY_MODEL)
     args = parser.parse_args(arguments)
     with errors_in_one_line():
         fill(open_embedder(args), args.source, args)

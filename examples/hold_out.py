@@ -14,8 +14,10 @@ import json
 from pathlib import Path
 
 from data import CaptionDataset, Layout, TextTokenizer
-from eval import TOY_MODEL, errors_in_one_line, find_folder, positive
-from formats.files import InputError, write_whole
+from eval import TOY_MODEL
+from formats.files import InputError, find_folder, write_whole
+from runtime.options import positive
+from runtime.terminal import errors_in_one_line
 
 
 def hold_out(dataset: CaptionDataset, every: int) -> tuple[list[int], list[int]]:

@@ -6,14 +6,9 @@ python -m examples.match photo.jpg "a red car" "a blue car" --model runs/mine
 import argparse
 
 from data import open_image
-from eval import (
-    add_model_options,
-    add_prompt_options,
-    encode_image,
-    encode_text,
-    errors_in_one_line,
-    open_embedder,
-)
+from eval import TOY_MODEL, encode_image, encode_text, open_embedder
+from runtime.options import add_model_options, add_prompt_options
+from runtime.terminal import errors_in_one_line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     texts = "what the picture may show"
     parser.add_argument("image", metavar="IMAGE", help="a picture")
     parser.add_argument("captions", nargs="+", metavar="CAPTION", help=texts)
-    add_model_options(parser)
+    add_model_options(parser, TOY_MODEL)
     add_prompt_options(parser)
     args = parser.parse_args(arguments)
     with errors_in_one_line():

@@ -25,8 +25,9 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
 from data import to_rgb
-from eval import Embedder, encode_image, encode_text, errors_in_one_line, load_embedder
+from eval import Embedder, encode_image, encode_text, load_embedder
 from formats.testsets import read_retrieval
+from runtime.terminal import errors_in_one_line
 
 
 class Encoder(AbsEncoder):

@@ -13,21 +13,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import open_image
-from eval import (
-    Embeddings,
+from eval import TOY_MODEL, Embeddings, open_embedder, open_embeddings
+from formats.files import InputError, LeftOut, tell
+from formats.pictures import pictures_in
+from runtime.gallery import gallery
+from runtime.options import (
     add_cache_option,
     add_model_options,
     add_prompt_options,
     check_parent,
-    errors_in_one_line,
-    open_embedder,
-    open_embeddings,
     positive,
-    tell,
 )
-from formats.files import InputError, LeftOut
-from formats.pictures import pictures_in
-from runtime.gallery import gallery
+from runtime.terminal import errors_in_one_line
 
 AT_A_TIME = 64  # pictures that are read and embedded together
 IN_A_ROW = 4  # pictures of the drawing
@@ -103,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help=images)
     parser.add_argument("--top", type=positive, default=12, metavar="N", help=top)
     parser.add_argument("--out", type=Path, default=Path("search.png"), metavar="PNG", help=out)
-    add_model_options(parser)
+    add_model_options(parser, TOY_MODEL)
     add_prompt_options(parser)
     add_cache_option(parser)
     args = parser.parse_args(arguments)

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import backbones
 from data import LONG, LONGEST, CaptionDataset, Layout, TextTokenizer, captions_of
-from eval import TOY_MODEL, find_folder
-from formats.files import InputError, inside
+from eval import TOY_MODEL
+from formats.files import InputError, find_folder, inside
 from runtime.terminal import print_any_text
 
 EDGES = [0, 10, 20, LONG, 60, 120, 250, LONGEST]  # where the bars begin, in tokens

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import summary
+from eval import table_columns
 from figures.common import BEFORE
 from figures.style import OFFSET, cycle_of, drawing, new_figure
 from formats.files import InputError, read_json
@@ -50,8 +50,8 @@ def read_curve(folder: Path) -> dict:
     curve = {"log": columns}
     if (folder / "results.json").exists():
         tables = read_json(folder / "results.json")
-        curve[BEFORE] = summary(tables.get(BEFORE, {}))
-        curve["after"] = summary(tables.get("after", {}))
+        curve[BEFORE] = table_columns(tables.get(BEFORE, {}))
+        curve["after"] = table_columns(tables.get("after", {}))
     return curve
 
 

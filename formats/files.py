@@ -39,6 +39,12 @@ class LeftOut(Counter):
             yield f"{number:,} {reason}{where}"
 
 
+def tell(source: Path, left_out: LeftOut) -> None:
+    """Print what is not used, and where it was met first."""
+    for line in left_out.lines():
+        print(f"{source}: left out: {line}")
+
+
 # ---- Text
 
 # What text begins with that a Windows program, or a spreadsheet, has written. UTF-32's comes before
@@ -259,3 +265,17 @@ def is_hidden(name: str) -> bool:
 
     Such as .ipynb_checkpoints, ._photo.jpg (a Mac's), .thumbnails, @eaDir (a NAS's)."""
     return name.startswith((".", "@__thumb")) or name in FOREIGN_FOLDERS
+
+
+# ---- Folders that commands name
+
+ROOT = Path(__file__).parent.parent  # this project, from wherever its commands are run
+
+
+def find_folder(folder: str | Path) -> Path | None:
+    """A model's folder, also where a relative path is meant from the project's: toy/tiny-llava is
+    found from anywhere. None where there is no such folder."""
+    for candidate in (Path(folder), ROOT / folder):
+        if candidate.is_dir():
+            return candidate
+    return None

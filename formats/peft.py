@@ -3,6 +3,7 @@
     settings = read_config(folder / "adapter_config.json")             # rank, alpha, dropout, ...
     tensors = read_tensors(folder / "adapter_model.safetensors", notes)    # under our names
     check_tensors(path, tensors, shapes)                               # all faults in one message
+    refuse_adapter(folder)                     # where a whole model is wanted
     write_config(path, settings)
     write_tensors(path, tensors, notes)
 
@@ -232,3 +233,16 @@ def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tupl
     if faults:
         shown = "\n  ".join(sorted(faults)[:20])
         raise InputError(f"{path}: does not fit this model\n  {shown}")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise InputError for a folder that holds adapters where a whole model is wanted."""
+    if (folder / "config.json").exists():
+        return
+    if (folder / "training_state.json").exists() or folder.parent.name == "checkpoints":
+        run = folder.parent.parent
+        raise InputError(f"{folder}: a checkpoint of a run; give the run's folder, {run}")
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        advice = "merge it with PEFT's merge_and_unload, and give the folder of that"
+        raise InputError(f"{folder}: an adapter (of {base}), not a model; {advice}")

@@ -2,13 +2,14 @@
 
 left_out = LeftOut()
 paths = pictures_in("photos", left_out)     # in order, those of the folders below it too
+paths = list_pictures([Path("photos"), Path("cat.jpg")])     # what a command is given
 """
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from formats.files import LeftOut, allowed_roots, is_hidden
+from formats.files import InputError, LeftOut, allowed_roots, is_hidden, tell
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 # Pictures too, that data.py does not open.
@@ -82,3 +83,25 @@ def is_to_be_read(root: Path, folder: Path, seen: set[Path], left_out: LeftOut) 
     advice = "NANOVLADVA_ROOTS=FOLDER allows one"
     left_out.add(f"linked folders that lie elsewhere; {advice}", f"{folder} -> {target}")
     return False
+
+
+def list_pictures(given: list[Path]) -> list[Path]:
+    """Pictures as they are named, all in folders that are named, and what a pattern matches that
+    the shell has left as it is (Windows' do). Says what is left out in folders."""
+    paths = []
+    for path in given:
+        if path.is_dir():
+            left_out = LeftOut()
+            paths += pictures_in(path, left_out)
+            tell(path, left_out)
+        elif any(sign in path.name for sign in "*?[") and not path.exists():
+            matching = sorted(each for each in path.parent.glob(path.name) if is_picture(each.name))
+            if not matching:
+                raise InputError(f"{path}: no picture has such a name")
+            paths += matching
+        else:
+            paths.append(path)
+    if not paths:
+        names = ", ".join(str(path) for path in given)
+        raise InputError(f"{names}: there are no pictures to embed or to describe")
+    return paths

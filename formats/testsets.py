@@ -4,6 +4,7 @@
     pictures, classes = read_imagenet("imagenet/val", "classes.txt")
     items = read_sugarcrepe("add_att.json", "coco/val2017", ("caption", "negative_caption"))
     items = read_winoground("winoground/examples.jsonl", "winoground/images")
+    items, sizes = read_test("winoground", Path("winoground/examples.jsonl"), Path("images"))
 
 They come back as plain lists of paths and texts. All readers raise InputError for a file that is
 missing, broken, empty or of another shape, and for paths that leave the image root. What is blank
@@ -412,3 +413,72 @@ def picture_named(root: Path, name: str) -> Path:
         if path.is_file():
             return path
     return inside(root, name + ".png")  # who opens it says that it is not there
+
+
+# ---- A whole test
+
+SUGARCREPE = (
+    "replace_obj",
+    "replace_att",
+    "replace_rel",
+    "swap_obj",
+    "swap_att",
+    "add_obj",
+    "add_att",
+)
+SUGARCREPE_PP = SUGARCREPE[:5]  # it has no add_* files
+# How much there is of the published test sets, as `read_test` counts it.
+SIZES = {
+    # images and captions
+    "retrieval": {
+        (1000, 5000): "Flickr30k",
+        (5000, 25010): "COCO",
+        (5000, 25000): "COCO",
+        (4500, 45000): "nocaps",
+    },
+    # items of each file
+    "sugarcrepe": {(1652, 788, 1406, 245, 666, 2062, 692): "SugarCrepe"},
+    "sugarcrepe++": {(1652, 788, 1406, 245, 666): "SugarCrepe++"},
+    # items
+    "winoground": {(400,): "Winoground"},
+    # images and classes
+    "imagenet": {(50000, 1000): "ImageNet"},
+}
+
+
+def read_test(
+    name: str,
+    file: Path,
+    images: Path,
+    split: str = "test",
+    captions_per_image: int | None = None,
+    classes: Path | None = None,
+    left_out: LeftOut | None = None,
+) -> tuple:
+    """One of the tests in eval.METRICS, from its authors' files: what its metric wants, and how
+    much of it there is, as in SIZES. What is not used is counted in `left_out`.
+
+    Raises InputError."""
+    if name == "retrieval":
+        items = read_retrieval(file, images, split, captions_per_image, left_out)
+        num_captions = sum(len(captions) for _, captions in items)
+        return items, (len(items), num_captions)
+    if name == "winoground":
+        items = read_winoground(file, images, left_out)
+        return items, (len(items),)
+    if name == "imagenet":
+        pictures, names = read_imagenet(file, classes, left_out)
+        return (pictures, names), (len(pictures), len(names))
+    if not file.is_dir():
+        advice = f"give the one that holds {SUGARCREPE[0]}.json and the other files"
+        raise InputError(f"{file}: is not a folder; {advice}")
+    if name == "sugarcrepe":
+        kinds = SUGARCREPE
+        captions = ("caption", "negative_caption")
+    else:
+        kinds = SUGARCREPE_PP
+        captions = ("caption", "caption2", "negative_caption")
+    files = {}
+    for kind in kinds:
+        files[kind] = read_sugarcrepe(file / f"{kind}.json", images, captions, left_out)
+    return files, tuple(len(items) for items in files.values())

@@ -3,7 +3,7 @@
     kept = KeptEmbeddings(Path("runs/embeddings"), fingerprint_of(model.state_dict(), settings))
     keys = kept.keys_of_files(paths)           # what a file holds, not how it is called
     kept.add(new_keys, vectors)                # (n, D), written at once
-    kept.rows(keys)                            # (len(keys), D)
+    kept.vectors_of(keys)                      # (len(keys), D)
 
 The folder holds files.json (for each path its size, times and digest, so that files are not read
 again) and a subfolder for each model, with one safetensors file for each part that was computed.
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 from formats.files import InputError, read_json, write_whole
@@ -59,7 +60,7 @@ class KeptEmbeddings:
     def __contains__(self, key: bytes) -> bool:
         return key in self.vectors
 
-    def rows(self, keys: list[bytes]) -> torch.Tensor:
+    def vectors_of(self, keys: list[bytes]) -> torch.Tensor:
         """The vectors of these keys -> (len(keys), D)."""
         return torch.stack([self.vectors[key] for key in keys])
 
@@ -147,3 +148,18 @@ def fingerprint_of(tensors: dict[str, torch.Tensor], settings: list[str]) -> str
         for each in sums:
             digest.update(each.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def base_hash(model: nn.Module) -> str:
+    """SHA-256 of the names and shapes of a model's tensors, and of the first row of each in bf16.
+
+    The same in whatever layout and shards its files are, in fp32 and in bf16. The model must be as
+    its file is: fp16 would round it otherwise."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        if name == "lm_head.weight":
+            continue  # where it is tied to the embeddings, it has no name of its own
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        row = tensor.detach()[:1].bfloat16().cpu().flatten()
+        digest.update(row.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,18 +1,44 @@
-"""A run that goes on must be the same run: the same settings, the same data, the same tests.
+"""A run that is used, or that goes on: what its folder says, checked.
 
-What differs is refused, with what to do; what was measured of the untrained model is used again.
+A run that goes on must be the same run: the same settings, the same data, the same tests. What
+differs is refused, with what to do; what was measured of the untrained model is used again.
 """
 
 import hashlib
 import os
 from pathlib import Path
 
-from formats.files import InputError, read_json
-from runtime.checkpoints import notes
+from formats.files import InputError, find_folder, read_json
+from runtime.checkpoints import newest, notes
 
 # Settings that name files. They may be others where the old ones are gone: fingerprints tell
 # whether what is there now is what was there.
 PATHS = ("model", "data", "image_root", "tests")
+
+
+def read_run(run: Path) -> tuple[dict, Path]:
+    """A run that is to be used -> what says how its model is built, and its newest checkpoint.
+
+    The former holds "model", "image_prompt", "text_prompt", "int8" and "max_pixels".
+    Raises InputError."""
+    path = run / "config.json"
+    settings = read_json(path)
+    model = settings.get("model")
+    if isinstance(model, str) and find_folder(model) is None:
+        advice = 'if it has moved, write its new place under "model" in there'
+        raise InputError(f"{path}: the base model {model} is gone; {advice}")
+    checkpoint = newest(run)
+    found = {}
+    for name in ("model", "image_prompt", "text_prompt"):
+        found[name] = settings.get(name)
+    if checkpoint is None or not all(isinstance(text, str) for text in found.values()):
+        needed = "config.json, checkpoints/latest"
+        raise InputError(f"{run}: not a complete run of train.py ({needed})")
+    found["int8"] = settings.get("int8") is True
+    found["max_pixels"] = settings.get("max_pixels", 0)  # absent in older runs
+    if type(found["max_pixels"]) is not int:
+        raise InputError(f"{path}: max_pixels is {found['max_pixels']!r}")
+    return found, checkpoint
 
 
 def is_gone(path: str, root: Path) -> bool:

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval import (
-    SIZES,
-    SUGARCREPE,
     TOY_MODEL,
     Embeddings,
     captioning,
@@ -35,7 +33,14 @@ from eval import (
     winoground,
 )
 from formats.files import InputError
-from formats.testsets import read_imagenet, read_retrieval, read_sugarcrepe, read_winoground
+from formats.testsets import (
+    SIZES,
+    SUGARCREPE,
+    read_imagenet,
+    read_retrieval,
+    read_sugarcrepe,
+    read_winoground,
+)
 from toy import world
 from train import main as train
 

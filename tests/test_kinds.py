@@ -22,10 +22,10 @@ from test_captions import add, converted, picture, write
 import eval as evaluation
 import train
 from data import CaptionDataset, open_image, parse_record
-from eval import TOY_MODEL, cider_d, list_pictures, load_embedder, read_folder
+from eval import TOY_MODEL, cider_d, load_embedder, read_folder
 from formats import peft
 from formats.files import InputError, LeftOut, inside, read_json, read_text
-from formats.pictures import pictures_in
+from formats.pictures import list_pictures, pictures_in
 from formats.records import clean
 from formats.testsets import read_imagenet, read_retrieval, read_sugarcrepe, read_winoground
 from runtime.embeddings import KeptEmbeddings

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import CaptionDataset, ResumableSampler, open_image
-from eval import METRICS, Embedder, Embeddings, evaluate, load_base, read_test, summary
+from eval import METRICS, Embedder, Embeddings, evaluate, load_base, read_test, table_columns
 from formats.files import read_json
 from losses import contrastive_loss
 from model import LanguageModel, VisionTower
@@ -213,7 +213,7 @@ def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model
     started = time.perf_counter()
     if name == "no training":
         return {
-            "columns": summary(evaluate(Embeddings(embedder), tests, world.score_captions)),
+            "columns": table_columns(evaluate(Embeddings(embedder), tests, world.score_captions)),
             "seconds": 0.0,
         }
     if name.startswith("CLIP"):
@@ -227,7 +227,7 @@ def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model
                 tables[test] = METRICS[test](
                     embeddings, read_test(test, file, images, s.get("split", "test"))[0]
                 )
-        return {"columns": summary(tables), "seconds": seconds}
+        return {"columns": table_columns(tables), "seconds": seconds}
     add_adapters(embedder, config)
     dataset = CaptionDataset(data, embedder.layout, embedder.processor, contrast=config.contrast)
     curve = []
@@ -247,7 +247,7 @@ def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model
     }
     embedder.model.eval()
     return result | {
-        "columns": summary(evaluate(Embeddings(embedder), tests, world.score_captions))
+        "columns": table_columns(evaluate(Embeddings(embedder), tests, world.score_captions))
     }
 
 
