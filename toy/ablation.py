@@ -28,7 +28,7 @@ from losses import contrastive_loss
 from model import LanguageModel, VisionTower
 from runtime.embeddings import KeptEmbeddings
 from toy import world
-from train import TrainConfig, add_adapters, learning_rate_factor, make_optimizer, train
+from train import TrainConfig, add_adapters, make_optimizer, train, update
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "ablation.json"
@@ -84,55 +84,45 @@ ORDERINGS = [
 
 
 def train_text_only(embedder: Embedder, config: TrainConfig, dataset: CaptionDataset) -> None:
-    """E5-V (arXiv 2407.12580): two captions of one scene must find each other among the batch's, no
+    """E5-V (arXiv 2407.12580): two captions of one scene must find each other among the batch's; no
     image is seen.
 
     One direction and temperature 0.05, as there; its entailment pairs become pairs of captions of
-    the same scene.
-    """
+    the same scene."""
     optimizer = make_optimizer(embedder.model, config)
     batches = ResumableSampler(dataset.units, config.batch_size, config.steps, config.seed)
     for step, keys in enumerate(tqdm(batches, desc="text only", unit="step", leave=False)):
-        pairs = []
+        first = []
+        second = []
         for index, draw in keys:
             short, _ = dataset.captions(dataset.record(index))
-            pairs.append((short[draw % len(short)], short[(draw + 1) % len(short)]))
-        rows = [
-            [torch.tensor(embedder.layout.text_side(text)) for text in side] for side in zip(*pairs)
-        ]
-        anchors, positives = (embed_rows(embedder.model, side) for side in rows)
-        similarity = F.normalize(anchors, dim=-1) @ F.normalize(positives, dim=-1).T / 0.05
-        optimize(F.cross_entropy(similarity, torch.arange(len(pairs))), optimizer, step, config)
+            first.append(short[draw % len(short)])
+            second.append(short[(draw + 1) % len(short)])
+        anchors = F.normalize(embed_texts(embedder, first), dim=-1)
+        positives = F.normalize(embed_texts(embedder, second), dim=-1)
+        similarity = anchors @ positives.T / 0.05
+        loss = F.cross_entropy(similarity, torch.arange(len(keys)))
+        loss.backward()
+        update(embedder.model, optimizer, step, config)
 
 
-def embed_rows(model: nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
+def embed_texts(embedder: Embedder, texts: list[str]) -> torch.Tensor:
+    """(B, D), with gradients."""
+    rows = [torch.tensor(embedder.layout.text_side(text)) for text in texts]
     last = torch.tensor([len(row) - 1 for row in rows])
-    hidden = model(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    hidden = embedder.model(nn.utils.rnn.pad_sequence(rows, batch_first=True))  # (B, T, D)
     return hidden[torch.arange(len(rows)), last]
-
-
-def optimize(
-    loss: torch.Tensor, optimizer: torch.optim.Optimizer, step: int, config: TrainConfig
-) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
-    loss.backward()
-    nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], config.clip
-    )
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 class Clip(nn.Module):
     """CLIP (arXiv 2103.00020) with the sizes of TinyLLaVA's parts: class token and last text token,
-    projected.
-    """
+    projected."""
 
     def __init__(self, embedder: Embedder):
         super().__init__()
         config = embedder.model.config
-        self.layout, self.processor = embedder.layout, embedder.processor
+        self.layout = embedder.layout
+        self.processor = embedder.processor
         self.vision = VisionTower(config.vision, config.vision.num_hidden_layers)
         self.text = LanguageModel(config.text)
         self.project = nn.Linear(config.vision.hidden_size, config.text.hidden_size, bias=False)
@@ -146,12 +136,14 @@ class Clip(nn.Module):
 
     def texts(self, captions: list[str]) -> torch.Tensor:
         tokenizer = self.layout.tokenizer
-        ids = [
-            torch.tensor([*tokenizer.begin, *tokenizer.encode(text), self.layout.stop_id])
-            for text in captions
-        ]
-        hidden = self.text(self.text.embed_tokens(nn.utils.rnn.pad_sequence(ids, batch_first=True)))
-        return hidden[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
+        rows = []
+        for text in captions:
+            ids = [*tokenizer.begin, *tokenizer.encode(text), self.layout.stop_id]
+            rows.append(torch.tensor(ids))
+        last = torch.tensor([len(row) - 1 for row in rows])
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        hidden = self.text(self.text.embed_tokens(input_ids))  # (B, T, D)
+        return hidden[torch.arange(len(rows)), last]
 
 
 class ClipEmbeddings(Embeddings):
@@ -178,19 +170,23 @@ def train_clip(
     seconds: float,
     peak_lr: float = 1e-3,
 ) -> Clip:
+    """CLIP on the same scenes for so many seconds, with a schedule by the clock."""
     torch.manual_seed(config.seed)
-    clip, started, step = Clip(embedder), time.perf_counter(), 0
+    clip = Clip(embedder)
     optimizer = torch.optim.AdamW(
         clip.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05
     )
     units = dataset.units if config.groups else range(len(dataset))
     batches = iter(ResumableSampler(units, config.batch_size, 10**6, config.seed))
+    started = time.perf_counter()
+    elapsed = 0.0
+    step = 0
     with tqdm(total=round(seconds), desc="CLIP from scratch", unit="s", leave=False) as progress:
-        while (elapsed := time.perf_counter() - started) < seconds:
+        while elapsed < seconds:
             progress.update(int(elapsed) - progress.n)
-            factor = min(1, (step + 1) / 50) * (
-                0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds))
-            )
+            warmup = min(1, (step + 1) / 50)
+            cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * elapsed / seconds))
+            factor = warmup * cosine
             samples = [dataset[key] for key in next(batches)]
             images = clip.images(torch.stack([sample.pixel_values for sample in samples]))
             texts = clip.texts([sample.short for sample in samples])
@@ -201,33 +197,23 @@ def train_clip(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
+            elapsed = time.perf_counter() - started
     return clip.eval()
 
 
 def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model: str) -> dict:
-    """Train one row with one seed and test it."""
-    config = TrainConfig(
-        model=model, seed=seed, **{k: v for k, v in ROWS[name].items() if k != "steps"}
-    )
+    """Train one row with one seed and test it -> columns of the table, seconds, and the contrastive
+    loss of each step."""
+    settings = {key: value for key, value in ROWS[name].items() if key != "steps"}
+    config = TrainConfig(model=model, seed=seed, **settings)
     embedder = load_base(config.model, "cpu")
-    started = time.perf_counter()
     if name == "no training":
-        return {
-            "columns": table_columns(evaluate(Embeddings(embedder), tests, world.score_captions)),
-            "seconds": 0.0,
-        }
+        return {"columns": measure_embedder(embedder, tests), "seconds": 0.0}
     if name.startswith("CLIP"):
-        clip = train_clip(
-            embedder, config, CaptionDataset(data, embedder.layout, embedder.processor), seconds
-        )
-        embeddings, tables = ClipEmbeddings(clip), {}
-        for test, s in read_json(tests).items():
-            if test != "captioning":
-                file, images = tests.parent / s["file"], tests.parent / s["images"]
-                tables[test] = METRICS[test](
-                    embeddings, read_test(test, file, images, s.get("split", "test"))[0]
-                )
-        return {"columns": table_columns(tables), "seconds": seconds}
+        dataset = CaptionDataset(data, embedder.layout, embedder.processor)
+        clip = train_clip(embedder, config, dataset, seconds)
+        return {"columns": measure_clip(clip, tests), "seconds": seconds}
+    started = time.perf_counter()
     add_adapters(embedder, config)
     dataset = CaptionDataset(data, embedder.layout, embedder.processor, contrast=config.contrast)
     curve = []
@@ -238,17 +224,29 @@ def run_row(name: str, seed: int, tests: Path, data: Path, seconds: float, model
         shutil.rmtree(out, ignore_errors=True)
         (out / "checkpoints").mkdir(parents=True)
         train(embedder, config, dataset, out)
-        curve = [
-            json.loads(line)["contrastive"] for line in (out / "log.jsonl").read_text().splitlines()
-        ]
-    result = {
-        "seconds": time.perf_counter() - started,
-        "contrastive": [round(value, 4) for value in curve],
-    }
+        for line in (out / "log.jsonl").read_text().splitlines():
+            curve.append(round(json.loads(line)["contrastive"], 4))
+    took = time.perf_counter() - started
     embedder.model.eval()
-    return result | {
-        "columns": table_columns(evaluate(Embeddings(embedder), tests, world.score_captions))
-    }
+    columns = measure_embedder(embedder, tests)
+    return {"seconds": took, "contrastive": curve, "columns": columns}
+
+
+def measure_embedder(embedder: Embedder, tests: Path) -> dict[str, float]:
+    return table_columns(evaluate(Embeddings(embedder), tests, world.score_captions))
+
+
+def measure_clip(clip: Clip, tests: Path) -> dict[str, float]:
+    """All tests but captioning: a CLIP cannot write."""
+    embeddings = ClipEmbeddings(clip)
+    tables = {}
+    for test, settings in read_json(tests).items():
+        if test != "captioning":
+            file = tests.parent / settings["file"]
+            images = tests.parent / settings["images"]
+            items, _ = read_test(test, file, images, settings.get("split", "test"))
+            tables[test] = METRICS[test](embeddings, items)
+    return table_columns(tables)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -264,19 +262,16 @@ def interval(values: list[float]) -> tuple[float, float]:
 def report(results: dict[str, dict[str, dict]]) -> str:
     """Markdown: the table of means and intervals, and what became of the paper's orderings."""
     names = [name for name in ROWS if name in results]
-    columns = list(
-        dict.fromkeys(c for name in names for r in results[name].values() for c in r["columns"])
-    )
+    columns = []
+    for name in names:
+        for run in results[name].values():
+            columns += [column for column in run["columns"] if column not in columns]
     lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
         cells = []
         for column in columns:
-            values = [
-                r["columns"][column] for r in results[name].values() if column in r["columns"]
-            ]
-            mean, half = interval(values) if values else (math.nan, 0)
-            spread = f" ± {half:.1f}" if name != "no training" and math.isfinite(half) else ""
-            cells.append(f"{mean:.1f}{spread}" if values else "-")
+            runs = [run["columns"] for run in results[name].values()]
+            cells.append(cell([run[column] for run in runs if column in run]))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -290,26 +285,35 @@ def report(results: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
+def cell(values: list[float]) -> str:
+    """The mean over seeds and its interval; "-" where a row has no such column."""
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    return f"{mean:.1f} ± {half:.1f}" if math.isfinite(half) else f"{mean:.1f}"
+
+
 def verdict(results: dict, first: str, second: str, column: str) -> str:
     base = results[first]
     if first == "no training":  # the same for every seed
         base = dict.fromkeys(results[second], base["0"])
-    pairs = [
-        (base[seed]["columns"], result["columns"])
-        for seed, result in results[second].items()
-        if seed in base
-    ]
-    mean, half = interval([after[column] - before[column] for before, after in pairs])
-    if len(pairs) < 2:
+    differences = []
+    for seed, run in results[second].items():
+        if seed in base:
+            differences.append(run["columns"][column] - base[seed]["columns"][column])
+    mean, half = interval(differences)
+    if len(differences) < 2:
         return f"| {first} | {second} | {column} | {mean:+.1f} | (one seed) |"
-    word = "within noise" if abs(mean) <= half else "reproduced" if mean > 0 else "not reproduced"
+    if abs(mean) <= half:
+        word = "within noise"
+    else:
+        word = "reproduced" if mean > 0 else "not reproduced"
     return f"| {first} | {second} | {column} | {mean:+.1f} ± {half:.1f} | {word} |"
 
 
 def draw_collapse(results: dict[str, dict[str, dict]], path: Path) -> None:
-    """The contrastive loss of short and of long captions in training, and what comes of it: needs
-    matplotlib.
-    """
+    """The contrastive loss of short and of long captions in training, and what comes of it (needs
+    matplotlib)."""
     import matplotlib
 
     matplotlib.use("Agg")
