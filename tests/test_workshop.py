@@ -4,6 +4,7 @@ from top to bottom.
 The notebooks themselves take some minutes: they run only where NANOVLADVA_WORKSHOP=1 is set.
 """
 
+import ast
 import contextlib
 import io
 import json
@@ -270,6 +271,27 @@ def test_every_exercise_has_its_cells_and_the_share_that_is_typed_in_advance():
         ]
         typed = sum(line not in blank for line in solved)
         assert typed <= 0.2 * len(solved), stem
+
+
+def test_a_room_can_leave_out_what_is_for_home():
+    """No cell of the room reads a name that only cells for home make."""
+    some_are_home = False
+    for stem, cells in CELLS.items():
+        code = [cell for cell in cells if cell.kind not in ("[markdown]", "solution")]
+        made = {True: set(), False: set()}  # by cells for home, by the others
+        read = set()  # by the others
+        for cell in code:
+            is_home = build.is_at_home(cell, cells)
+            some_are_home |= is_home
+            for node in ast.walk(ast.parse(cell.text)):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    made[is_home].add(node.name)
+                elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    made[is_home].add(node.id)
+                elif isinstance(node, ast.Name) and not is_home:
+                    read.add(node.id)
+        assert not read & (made[True] - made[False]), stem
+    assert some_are_home
 
 
 def test_notebooks_are_what_their_sources_give():

@@ -8,10 +8,13 @@ A source is plain Python in cells ("percent format"). What follows `# %%` says w
 
     # %% [markdown]      text, as comments
     # %%                 code, in both notebooks
-    # %% setup           the same, and the exercises need it (a test runs these, then an exercise)
+    # %% home            the same, for readers alone: a room skips it, and nothing else needs it
+    # %% setup           in both, and the exercises need it (a test runs these, then an exercise)
     # %% exercise 1.1    code with a blank, in the participants' notebook
     # %% solution 1.1    what stands in its place in solutions/
     # %% check 1.1       the call of the checker, in both
+
+An exercise whose heading says "at home" is one, too. Such cells begin with "# At home.".
 """
 
 import argparse
@@ -29,7 +32,7 @@ METADATA = {
 
 
 class Cell(NamedTuple):
-    kind: str  # "[markdown]", "", "setup", "exercise", "solution", "check"
+    kind: str  # "[markdown]", "", "home", "setup", "exercise", "solution", "check"
     name: str  # "1.1"
     text: str
 
@@ -48,6 +51,14 @@ def read_cells(path: Path) -> list[Cell]:
     return cells
 
 
+def is_at_home(cell: Cell, cells: list[Cell]) -> bool:
+    """Whether a room leaves out this cell of code."""
+    if cell.kind in ("exercise", "solution", "check"):
+        heading = rf"### Exercise {cell.name}: .*at home\)"
+        return any(re.search(heading, each.text) for each in cells if each.kind == "[markdown]")
+    return cell.kind == "home"
+
+
 def notebook(cells: list[Cell], solved: bool) -> str:
     """The text of an .ipynb file, without outputs, so that changes stay readable."""
     left_out = "exercise" if solved else "solution"
@@ -55,6 +66,9 @@ def notebook(cells: list[Cell], solved: bool) -> str:
     for cell in cells:
         if cell.kind == left_out:
             continue
+        text = cell.text
+        if is_at_home(cell, cells):
+            text = f"# At home.\n{text}"
         # The keys in the order in which Jupyter writes them.
         entry = {"cell_type": "markdown" if cell.kind == "[markdown]" else "code"}
         if entry["cell_type"] == "code":
@@ -63,7 +77,7 @@ def notebook(cells: list[Cell], solved: bool) -> str:
         entry["metadata"] = {}
         if entry["cell_type"] == "code":
             entry["outputs"] = []
-        entry["source"] = cell.text.splitlines(keepends=True)
+        entry["source"] = text.splitlines(keepends=True)
         content.append(entry)
     book = {"cells": content, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(book, indent=1, ensure_ascii=False) + "\n"

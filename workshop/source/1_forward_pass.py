@@ -5,9 +5,10 @@
 # machine and stops at every box. At the end you know every tensor on the way, and you have changed
 # the real code and seen what breaks. It begins with the whole paper on one page.
 #
-# You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 35 minutes in a
+# You need: Python, some PyTorch (what a matrix product and `nn.Linear` are). About 40 minutes in a
 # room, 50 with everything; four exercises. What is marked *at home* is left out when a room has
-# three hours for notebooks 1 to 5; nothing later needs it.
+# three hours for notebooks 1 to 5: skip these cells, and go on at the next text. Nothing later
+# needs them.
 #
 # How to work: run the cells in order with Shift+Enter. An exercise is a cell with a blank, `...`.
 # The cell below it checks your answer and gives a hint. Replace the `...`; you may add lines.
@@ -73,7 +74,11 @@ draw.pictures(pictures, [captions[0] for _, captions in items[:12]])
 # %% [markdown]
 # ## The whole paper on one page
 #
-# The paper is VladVA, "Discriminative Fine-tuning of LVLMs" (CVPR 2025, arXiv 2412.04378).
+# The paper is VladVA, "Discriminative Fine-tuning of LVLMs" (CVPR 2025, arXiv 2412.04378). It takes
+# a LLaVA that was trained to write (the *base*), and teaches it to give one vector for a picture
+# and one for a text, such that those of a pair lie close. How often the right one is the nearest is
+# called recall. Two losses: the *contrastive* one lets partners find each other, the
+# *autoregressive* one is the next word's, so that writing is not lost.
 # [`workshop/one_page.py`](one_page.py) is all of it in 200 lines: LLaVA, what is added to it, both
 # losses, training, retrieval and a caption before and after. It imports nothing of this project,
 # and a test holds it to the same losses and gradients. At home, read `losses` and `read_images` in
@@ -86,12 +91,12 @@ draw.pictures(pictures, [captions[0] for _, captions in items[:12]])
 print((ROOT / "docs" / "one-page.txt").read_text())
 
 # %% [markdown]
-# Or see it live, for 20 steps on this notebook's smaller world. (`runpy` does what `python
+# At home, see it live, for 20 steps on this notebook's smaller world. (`runpy` does what `python
 # workshop/one_page.py --steps 20` does in a terminal.) It takes up to half a minute. Look at two
 # things: what recall was and is (with so few steps and pictures, a point or two is noise), and that
 # the model still writes.
 
-# %%
+# %% home
 page = str(ROOT / "workshop" / "one_page.py")
 command = [page, "--data", str(WORLD), "--steps", str(fewer(20, SHARE))]
 with checks.replaced(sys, "argv", command), torch.enable_grad():
@@ -165,9 +170,9 @@ draw.patch_grid(image, P)
 # %% [markdown]
 # A transformer reads a sequence, so the picture is cut into patches and read row by row. The code
 # does both, cutting and multiplying, with one convolution whose stride equals its kernel. Here is
-# the real module:
+# the real module (at home):
 
-# %%
+# %% home
 print(inspect.getsource(llava_code.VisionEmbeddings.forward))
 
 # %% [markdown]
@@ -207,10 +212,12 @@ checks.exercise_1_1(patch_embedding)
 # %% [markdown]
 # ## The vision tower and the projector
 #
-# CLIP puts a class token in front of the patches, so there is one state more than patches. LLaVA
-# does not want it. The real one does not read the last layer either: it takes the last but one
-# (`vision_feature_layer`), whose states are still about their own place; the toy has few layers and
-# takes its last. Then two linear layers bring each patch to the width of the language model.
+# The tower is the half of CLIP that sees, a network trained to match pictures and texts. It gives a
+# *state* for each position, a vector. CLIP puts a class token in front of the patches, so there is
+# one state more than patches. LLaVA does not want it. The real one does not read the last layer
+# either: it takes the last but one (`vision_feature_layer`), whose states are still about their own
+# place; the toy has few layers and takes its last. Then two linear layers bring each patch to the
+# width of the language model.
 
 # %%
 features = model.vision_tower(pixel_values)
@@ -230,6 +237,7 @@ print(inspect.getsource(llava_code.Llava.image_features))
 # %% setup
 question = "Describe the image in detail."
 prompt = layout.question(question)  # token ids, a list
+input_ids = torch.tensor([prompt])  # (1, T)
 word_of = tokenizer.tokenizer.id_to_token
 
 # %%
@@ -338,7 +346,7 @@ print(inspect.getsource(llava_code.DecoderLayer.forward))
 # the question looks at in the picture.
 
 
-# %%
+# %% home
 def watch_attention(ids, pixels):
     """-> a list, one a layer, of attention weights (B, H, T, T)."""
     seen = []
@@ -356,7 +364,6 @@ def watch_attention(ids, pixels):
     return seen
 
 
-input_ids = torch.tensor([prompt])
 maps = watch_attention(input_ids, pixel_values)
 is_image = input_ids[0] == layout.image_id
 print("attention of one layer (B, H, T, T):", tuple(maps[0].shape))
@@ -369,7 +376,8 @@ draw.attention_over(image, on_image)
 # Brighter means more attention, averaged over the heads; each map has its own scale. Which layers
 # look at the objects? Where a later layer looks elsewhere, remember: by then the patches have
 # talked to each other, and what a position holds is no longer only what was drawn there.
-#
+
+# %% [markdown]
 # ## From hidden states to words
 #
 # The last norm's output is the **hidden state**, one vector of D numbers a token. The head
@@ -469,7 +477,7 @@ draw.pictures(pictures[:2], said, columns=2, width=48, side=2.6)
 # means: no order. Guess first: does the model still know the objects? Can it still count, and stop?
 
 
-# %%
+# %% home
 def no_rotation(positions, head_dim, theta, dtype, scaling):
     B, T = positions.shape
     cos = torch.ones(B, 1, T, head_dim, dtype=dtype)  # cos 0

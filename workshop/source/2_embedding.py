@@ -125,7 +125,7 @@ draw.bars(
 # Sequences of a batch have different lengths. Shorter ones are filled up with padding on the
 # **right**. So the summary of row b is not at position -1. It is at position `lengths[b] - 1`.
 # Taking -1 is the most common silent bug in embedding code: nothing crashes, the numbers are just
-# bad.
+# worse.
 
 
 # %% exercise 2.1
@@ -184,9 +184,10 @@ def embed_texts(embedder, texts):
 checks.exercise_2_2(embed_texts, embedder)
 
 # %% [markdown]
-# The real function is `eval.encode`. It sorts by length to save padding, and takes pictures too:
+# The real function is `eval.encode`. It sorts by length to save padding, and takes pictures too (at
+# home):
 
-# %%
+# %% home
 print(inspect.getsource(evaluation.encode))
 
 # %% [markdown]
@@ -291,9 +292,10 @@ def entropy(logits):
 checks.exercise_2_4(entropy)
 
 # %% [markdown]
-# One more number tells how rich the embeddings are. The **effective rank** is $\exp H(\sigma)$: the
-# exponential of the entropy of the embedding matrix's singular values, scaled to sum to 1. It says
-# how many directions the embeddings really use, out of D. The cell takes up to half a minute.
+# One more number, for home, tells how rich the embeddings are. The **effective rank** is $\exp
+# H(\sigma)$: the exponential of the entropy of the embedding matrix's singular values, scaled to
+# sum to 1. It says how many directions the embeddings really use, out of D. The cell takes up to
+# half a minute.
 
 # %%
 PROMPTS = {  # name: (image prompt, text prompt)
@@ -350,7 +352,8 @@ draw.scatter(entropies, recalls, list(PROMPTS), x_label, f"T2I R@1 of {count}, %
 #   small model. Where the empty question does nearly as well as the paper's, that is this model:
 #   its pre-training is full of one-word summaries, so that is what it does when nothing is asked. A
 #   real LLaVA would begin to chat.
-#
+
+# %% [markdown]
 # ## Who owns what (at home)
 #
 # Same words, different owners: a test in the manner of Winoground. A model that reads a caption
@@ -358,7 +361,7 @@ draw.scatter(entropies, recalls, list(PROMPTS), x_label, f"T2I R@1 of {count}, %
 # column the diagonal must win; where it does not, the model has read words and not the sentence.
 # (Right is [0, 1], both times. Of all such items this base gets one of twelve.)
 
-# %%
+# %% home
 folder = WORLD / "test" / "winoground"
 quadruples = read_winoground(folder / "examples.jsonl", folder / "images")
 for item in quadruples[:2]:

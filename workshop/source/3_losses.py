@@ -130,7 +130,8 @@ noise = losses.contrastive_loss(torch.randn(64, 128), torch.randn(64, 128), 1.0)
 print(f"random embeddings, B = 64: {noise:.2f}; chance is log B = {torch.tensor(64.0).log():.2f}")
 
 # %% [markdown]
-# Keep log B in mind: a loss at log B means that nothing is learned yet.
+# Keep log B in mind: that is the loss of embeddings that are all alike, from which nothing can be
+# told.
 #
 # ## Where the gradient goes
 #
@@ -153,10 +154,10 @@ draw.matrices(("p: which text each picture picks", weights), numbers=2)
 
 # %% [markdown]
 # Pictures 0 and 1 are twins, and so are 4 and 5. (In the first matrices of this notebook they are
-# rows 2 and 3, and 6 and 7.) Most of what they lose is lost to the twin's
-# text; the base hardly tells twins apart, so 0.5 against 0.5 is no surprise. The paper's batches
-# are random, and so are the default's (`--groups` keeps twins together). With 16 themes of few
-# colors and shapes, a random batch has some pictures that are as hard.
+# rows 2 and 3, and 6 and 7.) Most of what they lose is lost to the twin's text; the base hardly
+# tells twins apart, so 0.5 against 0.5 is no surprise. The paper's batches are random, and so are
+# the default's. (Each scene is made of one of 16 sets of four colors and four shapes, so a random
+# batch has some pictures that are nearly as hard.)
 #
 # ## The autoregressive loss
 #
@@ -281,10 +282,10 @@ checks.exercise_3_3(one_pass, embedder, four.images[0], four.num_tokens)
 
 # %% [markdown]
 # Is it exact, and what does it save? We compare with two passes, forward and backward, on 32
-# pictures. (`model` has no adapters yet: its own weights get the gradients here, and nobody uses
-# them.)
+# pictures, at home. (`model` has no adapters yet: its own weights get the gradients here, and
+# nobody uses them.)
 
-# %%
+# %% home
 chunk = collate([dataset[index, 0] for index in range(32)], layout, micro_batch=32).images[0]
 num_tokens = int((chunk.labels != IGNORE).sum())
 head = model.lm_head.weight
@@ -322,7 +323,8 @@ print(f"one pass:   {once:.2f} s")
 # %% [markdown]
 # Here it saves a part; the caption is the longer half. In a real LLaVA, 576 image tokens come in
 # front of a caption of 100 or 200, and reading them twice would cost far more.
-#
+
+# %% [markdown]
 # ## Why long captions collapse the contrastive loss
 #
 # Long captions say everything. Would they not be the better partners? We try, live. Two runs with

@@ -162,7 +162,7 @@ checks.exercise_4_2(lora_parameters)
 # For LLaVA-1.5-7B: 32 blocks, each with four layers of 4,096 x 4,096 (q, k, v, o) and three between
 # 4,096 and 11,008 (gate, up, down).
 
-# %%
+# %% home
 per_block = 4 * 16 * (4096 + 4096) + 3 * 16 * (4096 + 11008)
 new = 32 * per_block
 print(f"rank 16: {new:,} new parameters, {100 * new / 7.05e9:.2f} % of the model")
@@ -171,7 +171,9 @@ print(f"rank 16: {new:,} new parameters, {100 * new / 7.05e9:.2f} % of the model
 # ## Into the real model
 #
 # `add_lora` swaps the linear layers for `LoRALinear` in place; the weights are shared, not copied.
-# Three facts to check with your own eyes:
+# Three facts to check with your own eyes: fresh adapters change nothing (1); switched off, the base
+# is back, bit for bit (2); and, after exercise 4.3, merged into the weights they give the same up
+# to rounding (3).
 
 # %%
 model = with_lora()
@@ -269,7 +271,7 @@ checks.exercise_4_4(lora_backward)
 # kept anyway. Compare the lines of `dBs`, `dp`, `dA` and `dx` with yours; the others bring tensors
 # into shape.
 
-# %%
+# %% home
 print(inspect.getsource(LeanLoRA.backward))
 
 # %% [markdown]
@@ -278,7 +280,7 @@ print(inspect.getsource(LeanLoRA.backward))
 # and with the lean one.
 
 
-# %%
+# %% home
 def kept_megabytes(model):
     """MB that autograd keeps of a forward pass; each piece of memory counts once, parameters do
     not."""
@@ -313,7 +315,9 @@ print(f"plain {plain:.1f} MB, lean {lean:.1f} MB")
 #
 # *Summarize the provided image in one word:* was found by trying. A soft prompt lets gradient
 # descent look for a better one, not among words, but among **vectors**: the embeddings of the
-# prompt's tokens become parameters. In the code, ids from V on stand for them: id V + i is row i.
+# prompt's tokens become parameters. They start as the embeddings of the hand-written words, first
+# the image prompt's, then the text prompt's. In the code, ids from V on stand for them: id V + i is
+# row i.
 
 # %%
 V = model.config.text.vocab_size
