@@ -81,8 +81,8 @@ class Sample:
     A record that cannot be read has an `error` that says why, and nothing else."""
 
     pixel_values: torch.Tensor | None  # (3, height, width) fp32
-    short: str | None  # for the contrastive loss
-    long: list[int] | None  # ids, for the autoregressive loss
+    short: str | None  # for the contrastive loss; `Layout.text_side` makes it ids
+    long: list[int] | None  # for the autoregressive loss; ids, for long ones are cut by tokens
     error: str | None = None
 
 
@@ -737,7 +737,7 @@ class CaptionDataset(Dataset):
         return np.array(offsets, np.int64)
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells whether this is the data that it was: of the lines, and of some pictures.
+        """Digests that tell on --resume whether lines, or the sizes of pictures, have changed.
 
         Of at most 256 pictures, from the first to the last, the sizes in bytes are taken."""
         digest = hashlib.sha256(f"{len(self)} pictures".encode())
@@ -977,8 +977,8 @@ def choose_captions(
     samples: list[Sample], places: range, caption_share: float
 ) -> list[list[int] | None]:
     """For each sample the long caption that it trains in this batch, or None."""
-    # places.stop is the size of the global batch, so all processes draw the same line.
-    supervised = math.ceil(caption_share * places.stop)
+    batch_size = places.stop  # of all processes, so all draw the same line
+    supervised = math.ceil(caption_share * batch_size)
     captions = []
     for place, sample in zip(places, samples):
         # Without its long caption an image that has no short one would train nothing.
@@ -1004,10 +1004,9 @@ def lay_out(
         # Neither a partner nor a caption: the sample could not be read.
         if pair != NO_PAIR or caption:
             image = sample.pixel_values
+            prompt = layout.image_side(image=image)  # the summary is its last token
             ids = layout.image_side(caption, image)
-            # The prompt's last token, in front of the caption.
-            summary = len(layout.image_side(image=image)) - 1
-            images.append(Sequence(ids, pair, summary, image))
+            images.append(Sequence(ids, pair, len(prompt) - 1, image))
     return images, texts
 
 

@@ -908,6 +908,36 @@ def captioning_both_ways(
     return table
 
 
+def nearest_pictures(
+    embeddings: Embeddings, tests: Path, captions: int, pictures: int
+) -> list[tuple[str, list]]:
+    """What the first captions of a retrieval test find, for people to look at.
+
+    -> [caption, [[path of a picture, is it the right one, cosine], ...]] of each."""
+    test = read_json(tests)["retrieval"]
+    items, _ = read_test(
+        "retrieval",
+        tests.parent / test["file"],
+        tests.parent / test.get("images", "."),
+        test.get("split", "test"),
+    )
+    paths = [path for path, _ in items]
+    images = embeddings.images(paths)
+    found = []
+    for own_path, own_captions in items:
+        if len(found) == captions:
+            break
+        if not own_captions:
+            continue
+        text = embeddings.texts(own_captions[:1])[0]
+        best = (images @ text).topk(min(pictures, len(items)))
+        row = []
+        for score, index in zip(best.values.tolist(), best.indices.tolist()):
+            row.append([str(paths[index]), paths[index] == own_path, f"{score:.2f}"])
+        found.append([own_captions[0], row])
+    return found
+
+
 # ---- How results are shown
 
 

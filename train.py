@@ -42,7 +42,7 @@ import eval
 import fast
 import lora
 from data import IMAGE_PROMPT, NO_PAIR, TEXT_PROMPT, Batch, Chunk, ResumableSampler
-from formats.files import InputError, read_json, write_whole
+from formats.files import ROOT, InputError, write_whole
 from lora import trainable_parameters
 from losses import contrastive_loss, cross_entropy
 from runtime import checkpoints, memory, processes, resuming, signals
@@ -172,8 +172,8 @@ PAPER = {"lr": 1e-4, "soft_lr": 1e-3, "caption_share": 1.0}
 
 def is_toy(model: str) -> bool:
     """Whether a model is the one that is shipped, or was made beside it."""
-    folder = (eval.ROOT / model).resolve()
-    return folder.is_relative_to(eval.ROOT / "toy")
+    folder = (ROOT / model).resolve()
+    return folder.is_relative_to(ROOT / "toy")
 
 
 def defaults(model: str) -> dict:
@@ -191,20 +191,21 @@ def defaults(model: str) -> dict:
 # supervised tokens of all chunks in all processes.
 
 
+def chosen(loss, config):
+    """The loss; if --fast, its twin of the same numbers in less memory (the loss itself, where the
+    two differ)."""
+    return fast.twin(loss) if config.fast else loss
+
+
 def contrastive(model, images, texts, config):
     """Short captions. images, texts: (B, D), row i of both a pair, of any length (norm)."""
-    loss = contrastive_loss
-    if config.fast:
-        # The same numbers in less memory; the plain loss itself where the two differ.
-        loss = fast.twin(loss)
+    loss = chosen(contrastive_loss, config)
     return loss(images, texts, model.log_scale.exp())
 
 
 def autoregressive(model, hidden, labels, num_tokens, config):
     """Long captions. hidden: (b, T, D) of one chunk's images; labels: (b, T), the next tokens."""
-    loss = cross_entropy
-    if config.fast:
-        loss = fast.twin(loss)
+    loss = chosen(cross_entropy, config)
     return loss(hidden, model.lm_head.weight, labels, num_tokens)
 
 
@@ -240,7 +241,8 @@ def training_step(model: nn.Module, batch: Batch, config: TrainConfig) -> dict[s
     all_pairs = sum(pairs for pairs, _ in counts)
     all_tokens = sum(tokens for _, tokens in counts)
     weights = choose_weights(all_pairs, all_tokens, batch, config)
-    batch = even_out(without_unread_texts(batch, weights), model)
+    batch = without_unread_texts(batch, weights)
+    batch = even_out(batch, model)  # as many forward passes in every process
 
     backward = backward_cached if config.gradient_cache else backward_whole
     losses = backward(model, batch, all_tokens, weights, config)
@@ -279,17 +281,18 @@ def without_unread_texts(batch: Batch, weights: dict[str, float]) -> Batch:
 def backward_whole(model, batch, all_tokens, weights, config) -> dict[str, torch.Tensor]:
     """One forward and one backward pass: the activations of all chunks are held at once.
 
-    all_tokens: that long captions are predicted of, in the batches of all processes.
+    all_tokens: supervised tokens of long captions in the global batch.
     weights: of the losses that are computed, by name. Returns these losses, of this process."""
     losses = {}
 
     # Embed: every image and every short caption goes through the model once.
     embeddings = []
-    for chunk in prepare_chunks(model, batch):
-        hidden, summaries = encode(model, chunk)
+    for prepared in prepare_chunks(model, batch):
+        hidden, summaries = encode(model, prepared)
         embeddings.append(summaries)
         # Caption: an image's states from the summary on predict its long caption.
-        for name, loss in caption_losses(model, chunk, hidden, all_tokens, weights, config).items():
+        captions = caption_losses(model, prepared, hidden, all_tokens, weights, config)
+        for name, loss in captions.items():
             losses[name] = losses.get(name, 0.0) + loss
 
     # Contrast: every image with every short caption of the batch.
@@ -297,39 +300,6 @@ def backward_whole(model, batch, all_tokens, weights, config) -> dict[str, torch
 
     total = sum(weights[name] * losses[name] for name in weights)
     total.backward()
-    return {name: loss.detach() for name, loss in losses.items()}
-
-
-def backward_cached(model, batch, all_tokens, weights, config) -> dict[str, torch.Tensor]:
-    """`backward_whole` that holds the activations of ONE chunk at a time, whatever the batch.
-
-    The gradient cache, arXiv 2101.06983: the same losses and gradients, for a second forward pass.
-    """
-    chunks = prepare_chunks(model, batch)
-
-    # Phase 1: the embeddings of the whole batch. Nothing is kept for a backward pass.
-    with torch.no_grad():
-        embeddings = [embeddings_only(model, chunk, config) for chunk in chunks]
-
-    # Phase 2: the gradient of the contrastive loss with respect to each embedding.
-    for each in embeddings:
-        each.requires_grad_()
-    losses = embedding_losses(model, batch, embeddings, weights, config)
-    if losses:
-        total = sum(weights[name] * loss for name, loss in losses.items())
-        total.backward()
-
-    # Phase 3: chunk by chunk once more, now with a backward pass. By the chain rule the gradient of
-    # a parameter w is the sum of <gradient, d embedding / d w> over the embeddings. That is the
-    # gradient of this surrogate, whose value means nothing.
-    for chunk, embedding in zip(chunks, embeddings):
-        hidden, summaries = encode(model, chunk)
-        gradient = torch.zeros_like(embedding) if embedding.grad is None else embedding.grad
-        surrogate = (summaries * gradient).sum()
-        for name, loss in caption_losses(model, chunk, hidden, all_tokens, weights, config).items():
-            losses[name] = losses.get(name, 0.0) + loss.detach()
-            surrogate = surrogate + weights[name] * loss
-        surrogate.backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -345,7 +315,9 @@ class PreparedChunk:
 def prepare_chunks(model: nn.Module, batch: Batch) -> list[PreparedChunk]:
     """The chunks of a batch, images first."""
     chunks = batch.images + batch.texts
-    # Drawn from the run's generator, which `encode` seeds anew: so a step's follow from the last's.
+    # The gradient cache sends a chunk through the model twice, with the same dropout masks. (The
+    # generator that `encode` seeds is the one of this line: a step's seeds follow from the last
+    # step's. A checkpoint keeps its state, so a run goes on exactly.)
     seeds = torch.randint(2**62, (len(chunks),)).tolist()
     prepared = []
     for chunk, seed in zip(chunks, seeds):
@@ -367,19 +339,6 @@ def encode(model: nn.Module, prepared: PreparedChunk) -> tuple[torch.Tensor, tor
     hidden = model(input_ids, image_features=prepared.image_features)
     rows = torch.arange(len(hidden), device=model.device)
     return hidden, hidden[rows, summary]
-
-
-def embeddings_only(model: nn.Module, prepared: PreparedChunk, config: TrainConfig) -> torch.Tensor:
-    """The embeddings (b, D) by the shortest way: nothing after the summary matters to them."""
-    if config.lora_rank and config.lora_dropout:
-        # Dropout masks are drawn for whole sequences; phase 3 must draw the same ones.
-        _, embeddings = encode(model, prepared)
-        return embeddings
-    chunk = prepared.chunk
-    end = int(chunk.summary.max()) + 1
-    prefix = dataclasses.replace(chunk, input_ids=chunk.input_ids[:, :end])
-    _, embeddings = encode(model, dataclasses.replace(prepared, chunk=prefix))
-    return embeddings
 
 
 def caption_losses(model, prepared, hidden, all_tokens, weights, config) -> dict[str, torch.Tensor]:
@@ -422,11 +381,63 @@ def in_order_of_pairs(chunks: list[Chunk], embeddings: list, num_pairs: int) -> 
     return ordered.index_copy(0, pair[has_partner], rows[has_partner])
 
 
+# ---- The same step, the activations of one chunk at a time
+
+
+def backward_cached(model, batch, all_tokens, weights, config) -> dict[str, torch.Tensor]:
+    """`backward_whole` that holds the activations of ONE chunk at a time, whatever the batch.
+
+    The gradient cache, arXiv 2101.06983: the same losses and gradients, for a second forward pass.
+    """
+    chunks = prepare_chunks(model, batch)
+
+    # Phase 1: the embeddings of the whole batch. Nothing is kept for a backward pass.
+    with torch.no_grad():
+        embeddings = [embeddings_only(model, prepared, config) for prepared in chunks]
+
+    # Phase 2: the gradient of the contrastive loss with respect to each embedding.
+    for each in embeddings:
+        each.requires_grad_()
+    losses = embedding_losses(model, batch, embeddings, weights, config)
+    if losses:
+        total = sum(weights[name] * loss for name, loss in losses.items())
+        total.backward()
+
+    # Phase 3: chunk by chunk once more, now with a backward pass. By the chain rule the gradient of
+    # a parameter w is the sum of <gradient, d embedding / d w> over the embeddings. That is the
+    # gradient of this surrogate, whose value means nothing.
+    for prepared, embedding in zip(chunks, embeddings):
+        hidden, summaries = encode(model, prepared)
+        gradient = embedding.grad
+        if gradient is None:  # contrast is off: nothing has read the embeddings
+            gradient = torch.zeros_like(embedding)
+        surrogate = (summaries * gradient).sum()
+        captions = caption_losses(model, prepared, hidden, all_tokens, weights, config)
+        for name, loss in captions.items():
+            losses[name] = losses.get(name, 0.0) + loss.detach()
+            surrogate = surrogate + weights[name] * loss
+        surrogate.backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def embeddings_only(model: nn.Module, prepared: PreparedChunk, config: TrainConfig) -> torch.Tensor:
+    """The embeddings (b, D) by the shortest way: nothing after the summary matters to them."""
+    if config.lora_rank and config.lora_dropout:
+        # Dropout masks are drawn for whole sequences; phase 3 must draw the same ones.
+        _, embeddings = encode(model, prepared)
+        return embeddings
+    chunk = prepared.chunk
+    end = int(chunk.summary.max()) + 1
+    prefix = dataclasses.replace(chunk, input_ids=chunk.input_ids[:, :end])
+    _, embeddings = encode(model, dataclasses.replace(prepared, chunk=prefix))
+    return embeddings
+
+
 # ---- One step of several processes
 
 
 def even_out(batch: Batch, model: nn.Module) -> Batch:
-    """Give every process as many chunks as the one with most has; the added ones teach nothing.
+    """Give all processes equally many chunks; the added ones teach nothing.
 
     Sharded layers (--shard) meet in every forward pass, so all processes must do as many. And one
     whose pictures could all not be read would have no embeddings at all."""
@@ -455,14 +466,15 @@ def add_up_processes(model: nn.Module, losses: dict[str, torch.Tensor]) -> None:
     tensors = [losses[name] for name in CAPTION_LOSSES if name in losses]
     of_losses = lora.loss_parameters(model)
     for name, parameter in trainable_parameters(model).items():
-        if name in of_losses and parameter.grad is not None:
+        if name in of_losses:
+            if parameter.grad is None:
+                continue  # its loss is off, in every process
             # The temperature's is complete in each as well. It is summed with the rest, so that the
             # processes cannot drift apart by rounding.
             parameter.grad /= world_size()
-        elif name not in of_losses and parameter.grad is None:
+        elif parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)  # this process had nothing for it
-        if parameter.grad is not None:
-            tensors.append(parameter.grad)
+        tensors.append(parameter.grad)
     processes.sum_over_processes(tensors)
 
 
@@ -477,20 +489,21 @@ def add_adapters(
     model = embedder.model
     image_prompt = embedder.layout.image_prompt
     text_prompt = embedder.layout.text_prompt
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # LoRA starts the same in every process
     lora.freeze(model)
     if checkpoint:
         lora.load_adapter(model, checkpoint, image_prompt, text_prompt, embedder.notes)
     else:
         if config.lora_rank:
-            settings = lora.LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout)
-            lora.add_lora(model, settings)
+            lora_config = lora.LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout)
+            lora.add_lora(model, lora_config)
         if config.soft_prompts:
             lora.add_soft_prompts(model, image_prompt, text_prompt)
     lora.add_temperature(model, config.temperature)
     if config.fast:
         fast.install(model)  # the same numbers in less memory
     if config.soft_prompts:
+        # From here on sequences hold ids from V on in the prompts' places: SoftPrompt knows them.
         embedder.layout = embedder.layout.with_soft_prompts(model.config.text.vocab_size)
 
     found = {type(module) for module in lora.adapters(model).values()}
@@ -526,6 +539,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": list(of_losses.values()), "peak_lr": config.temperature_lr},
     ]
     groups = [group for group in groups if group["params"]]
+    # beta 2 is CLIP's: batches differ much, and old squares are forgotten sooner.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
 
@@ -558,7 +572,7 @@ def update(model, optimizer, step: int, config: TrainConfig) -> float:
 def make_sampler(dataset, config: TrainConfig, first_step: int, places=None) -> ResumableSampler:
     """Which records the batches hold, from `first_step` on: a function of seed and step alone.
 
-    places: of a batch, that are wanted; None: all of it."""
+    places: which positions of each batch are wanted; None: all."""
     units = dataset.units if config.groups else range(len(dataset))
     return ResumableSampler(units, config.batch_size, config.steps, config.seed, first_step, places)
 
@@ -602,7 +616,7 @@ def train(
     model = embedder.model.train()
     model.language_model.checkpoint_layers = config.checkpoint_layers
     optimizer = make_optimizer(model, config)
-    torch.manual_seed(config.seed + rank())  # of dropout
+    torch.manual_seed(config.seed + rank())  # dropout differs from process to process
     first_step = 0
     if checkpoint:
         first_step = checkpoints.load(
@@ -805,8 +819,9 @@ def choose_data(config: TrainConfig) -> tuple[str, str, object]:
 def open_dataset(
     config: TrainConfig, data_path: str, checkpoint: Path | None
 ) -> data.CaptionDataset:
-    """The training data, laid out for the model. Raises InputError; also where a run would go on
-    with other data than it began with."""
+    """The training data. Raises InputError; also where a run would go on with other data than it
+    began with."""
+    # This layout only says how long captions are; `collate` gets the embedder's, with soft prompts.
     _, _, layout, processor = eval.read_folder(
         config.model, config.image_prompt, config.text_prompt, config.max_pixels
     )
@@ -869,7 +884,7 @@ def measure(embedder: eval.Embedder, tests: str, score, picture: str = "") -> di
     Args:
         tests: path of a tests.json, or empty.
         score: measures greedy captions, see eval.captioning.
-        picture: the one to describe; the first of the retrieval test where none is given.
+        picture: the one to describe; where none is given, what the first caption finds.
     Returns: {"tables", "nearest", "picture", "caption"}, ready for results.json."""
     embeddings = eval.Embeddings(embedder)
     tables = {}
@@ -877,38 +892,14 @@ def measure(embedder: eval.Embedder, tests: str, score, picture: str = "") -> di
     if tests:
         tables = eval.evaluate(embeddings, Path(tests), score)
     if "retrieval" in tables:
-        nearest = find_pictures(embeddings, Path(tests), captions=4, pictures=5)
-        picture = picture or nearest[0][1][0][0]
+        nearest = eval.nearest_pictures(embeddings, Path(tests), captions=4, pictures=5)
+        _, ranked = nearest[0]
+        best, _, _ = ranked[0]
+        picture = picture or best
     caption = ""
     if picture:
         caption = eval.caption(embedder, [data.open_image(picture)])[0]
     return {"tables": tables, "nearest": nearest, "picture": picture, "caption": caption}
-
-
-def find_pictures(embeddings, tests: Path, captions: int, pictures: int) -> list:
-    """[caption, [[path of a picture, is it the right one, score], ...]] of a few captions."""
-    test = read_json(tests)["retrieval"]
-    items, _ = eval.read_test(
-        "retrieval",
-        tests.parent / test["file"],
-        tests.parent / test.get("images", "."),
-        test.get("split", "test"),
-    )
-    paths = [path for path, _ in items]
-    images = embeddings.images(paths)
-    found = []
-    for own_path, own_captions in items:
-        if len(found) == captions:
-            break
-        if not own_captions:
-            continue
-        text = embeddings.texts(own_captions[:1])[0]
-        best = (images @ text).topk(min(pictures, len(items)))
-        row = []
-        for score, index in zip(best.values.tolist(), best.indices.tolist()):
-            row.append([str(paths[index]), paths[index] == own_path, f"{score:.2f}"])
-        found.append([own_captions[0], row])
-    return found
 
 
 def report(before: dict, after: dict, out: Path) -> None:
@@ -986,7 +977,7 @@ def settings(given: dict) -> TrainConfig:
     if is_new or not given.get("resume"):
         return TrainConfig(**defaults(given.get("model", TrainConfig.model)) | given)
     types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
-    saved = resuming.read_settings(path, types, given, MAY_CHANGE, eval.ROOT)
+    saved = resuming.read_settings(path, types, given, MAY_CHANGE, ROOT)
     return TrainConfig(**saved | given)
 
 

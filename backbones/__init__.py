@@ -8,7 +8,7 @@ contract. Another model is one more file in this folder, with a class that fulfi
 one more line in BACKBONES; data, LoRA, losses, training and evaluation stay as they are.
 docs/your-own-backbone.md adds one step by step, and says which models are not served.
 
-Beside the members below, two properties of the computation are part of the contract:
+Beside the members below, three properties of the computation are part of the contract:
 
   causal    A hidden state depends on its own token and those before it, never on those
             after it. So right padding needs no mask, and one forward pass of an image's sequence
@@ -40,7 +40,7 @@ from model import Llava
 # ---- Sizes: what is known of a model without its weights ----
 @runtime_checkable
 class TextSizes(Protocol):
-    """The language model's sizes. lora.py needs V, the estimate of memory (train.py) the rest."""
+    """The language model's sizes. lora.py needs V, the estimate of memory the rest."""
 
     vocab_size: int  # V; soft prompts take the ids from V on
     hidden_size: int  # D, the length of an embedding

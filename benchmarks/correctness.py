@@ -37,7 +37,7 @@ from data import collate, open_image
 from eval import TOY_MODEL, caption, encode_image, load_base
 from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
 from fast.int8 import Int8Linear
-from fast.lean import as_it_is, project
+from fast.lean import keep_x, project
 from lora import LoRAConfig, LoRALinear, trainable_parameters
 from losses import IGNORE, contrastive_loss, cross_entropy
 from toy import world
@@ -126,7 +126,7 @@ def adapter(lean: bool, int8: bool) -> float:
                 parameter.data = parameter.data.to(dtype)
         copied.to(device)
         inputs = x.to(device, dtype, copy=True).requires_grad_()
-        y = project([copied], as_it_is, inputs)[0] if lean else copied(inputs)
+        y = project([copied], keep_x, inputs)[0] if lean else copied(inputs)
         y.backward(upstream.to(device, dtype))
         return [y, inputs.grad, copied.lora_A.weight.grad, copied.lora_B.weight.grad]
 

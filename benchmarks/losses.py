@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.measure import DEVICE, device_name, paired_ratio, peak_memory, quartiles, times
 from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
-from fast.lean import as_it_is, project
+from fast.lean import keep_x, project
 from lora import LoRAConfig, LoRALinear
 from losses import (
     contrastive_loss,
@@ -142,7 +142,7 @@ def lora_rows(rounds: int, sizes=LORA_SIZES) -> list[dict]:
         ours_plain = LoRALinear(frozen, LoRAConfig(rank=16, alpha=16))
 
         def lean(x, layer=ours_plain):
-            return project([layer], as_it_is, x)[0]
+            return project([layer], keep_x, x)[0]
 
         holder = nn.ModuleDict(
             {"linear": nn.Linear(inside, outside, bias=False, device=DEVICE, dtype=DTYPE)}

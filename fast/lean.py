@@ -64,7 +64,7 @@ class LeanDecoderLayer(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=attention.is_grouped
         )
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * head_dim)
-        (y,) = project([attention.o_proj], as_it_is, y)
+        (y,) = project([attention.o_proj], keep_x, y)
         return y
 
     def feed_forward(self, h):
@@ -75,24 +75,24 @@ class LeanDecoderLayer(nn.Module):
         return y
 
 
-def as_it_is(x):
-    """The function of `project` for an input that cannot be made again, and so is kept."""
+def keep_x(x):
+    """The make_x of `project` for an input that cannot be made again, and so is kept."""
     return x
 
 
-def project(layers: list[nn.Module], function, *inputs) -> list[torch.Tensor]:
-    """[layer(x) for layer in layers] of one x = function(*inputs), (..., in) -> (..., out) each.
+def project(layers: list[nn.Module], make_x, *inputs) -> list[torch.Tensor]:
+    """[layer(x) for layer in layers] of one x = make_x(*inputs), (..., in) -> (..., out) each.
 
     x is not kept for the backward pass, but made again from the inputs."""
-    x = function(*inputs)
+    x = make_x(*inputs)
     # The usual case: q, k and v, or gate and up, all have LoRA, and it was added at once.
     lean = [can_be_lean(layer) for layer in layers]
     if all(lean) and all(layer.config == layers[0].config for layer in layers):
-        return lean_lora(layers, x, function, inputs)
+        return lean_lora(layers, x, make_x, inputs)
     outputs = []
     for layer, is_lean in zip(layers, lean):
         if is_lean:
-            outputs.extend(lean_lora([layer], x, function, inputs))
+            outputs.extend(lean_lora([layer], x, make_x, inputs))
         else:
             outputs.append(layer(x))
     return outputs
@@ -127,14 +127,14 @@ def has_lean_twin(layer: nn.Module) -> bool:
     )
 
 
-def lean_lora(layers: list[LoRALinear], x, function, inputs) -> tuple[torch.Tensor, ...]:
-    """One input x = function(*inputs) through LoRA layers of one config, by `LeanLoRA`."""
+def lean_lora(layers: list[LoRALinear], x, make_x, inputs) -> tuple[torch.Tensor, ...]:
+    """One input x = make_x(*inputs) through LoRA layers of one config, by `LeanLoRA`."""
     # Computed in the base's precision; the casts hand the gradients on in fp32.
     As = [layer.lora_A.weight.to(x.dtype) for layer in layers]  # (R, in) each
     Bs = [layer.lora_B.weight.to(x.dtype) for layer in layers]  # (out, R) each
     bases = [layer.base_layer for layer in layers]
     scale = layers[0].config.scale
-    return LeanLoRA.apply(x, torch.cat(As), scale, bases, function, inputs, *Bs)
+    return LeanLoRA.apply(x, torch.cat(As), scale, bases, make_x, inputs, *Bs)
 
 
 class LeanLoRA(torch.autograd.Function):
@@ -149,7 +149,8 @@ class LeanLoRA(torch.autograd.Function):
     A is given as one matrix (layers * R, in): its products are one for all layers."""
 
     @staticmethod
-    def forward(ctx, x, A, scale, bases, function, inputs, *Bs):
+    def forward(ctx, x, A, scale, bases, make_x, inputs, *Bs):
+        # x is an argument so that autograd sends its gradient back through what made it.
         rows = x.flatten(0, -2)  # (N, in)
         p = rows @ A.T  # (N, layers * R)
         ys = []
@@ -160,7 +161,7 @@ class LeanLoRA(torch.autograd.Function):
         # Not x: it is made again. The inputs are kept by value, without their history.
         values = [each.detach() for each in inputs]
         ctx.save_for_backward(p, A, *Bs, *values)
-        ctx.function = function
+        ctx.make_x = make_x
         ctx.bases = bases
         ctx.scale = scale
         ctx.shape = x.shape
@@ -173,7 +174,7 @@ class LeanLoRA(torch.autograd.Function):
         num_layers = len(ctx.bases)
         Bs = saved[:num_layers]
         inputs = saved[num_layers:]
-        rows = ctx.function(*inputs).flatten(0, -2)  # x once more, (N, in)
+        rows = ctx.make_x(*inputs).flatten(0, -2)  # x once more, (N, in)
         dys = [dy.flatten(0, -2) for dy in dys]  # (N, out) each
 
         dBs = []

@@ -14,7 +14,7 @@ class RunLog:
 
     Args:
         out: the run's folder.
-        steps: as many lines are there already; what was written after them is taken off.
+        steps: how many lines of an earlier process to keep; later ones are dropped.
     Raises: InputError where the lines that should be there cannot be read."""
 
     def __init__(self, out: Path, steps: int):

@@ -14,7 +14,7 @@ import losses
 from fast import int8
 from fast.chunked import linear_cross_entropy, tiled_contrastive_loss
 from fast.int8 import Int8Linear, quantize
-from fast.lean import LeanDecoderLayer, LeanLoRA, SwiGLU, as_it_is, project
+from fast.lean import LeanDecoderLayer, LeanLoRA, SwiGLU, keep_x, project
 from lora import (
     LoRAConfig,
     LoRALinear,
@@ -108,7 +108,7 @@ def results(outputs, x, layers):
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("function", [torch.sin, as_it_is])
+@pytest.mark.parametrize("function", [torch.sin, keep_x])
 @pytest.mark.parametrize("shape", [(7,), (2, 5)])
 @pytest.mark.parametrize("in_int8", [True, False])
 def test_project_is_the_plain_layers(count, bias, function, shape, in_int8):
@@ -132,7 +132,7 @@ def test_lean_lora_passes_gradcheck(count):
     Bs = [layer.lora_B.weight for layer in layers]
 
     def of_tensors(x, A, *Bs):
-        return LeanLoRA.apply(x, A, 0.5, bases, as_it_is, (x,), *Bs)
+        return LeanLoRA.apply(x, A, 0.5, bases, keep_x, (x,), *Bs)
 
     assert torch.autograd.gradcheck(of_tensors, (x, A, *Bs))
 
@@ -149,7 +149,7 @@ def test_the_first_layer_that_needs_gradients():
     layers = lora_layers(2, False)
     x = torch.randn(4, 6)
     expected = results([layer(x) for layer in layers], x, layers)
-    found = results(project(layers, as_it_is, x), x, layers)
+    found = results(project(layers, keep_x, x), x, layers)
     torch.testing.assert_close(found, expected)
 
 

@@ -384,7 +384,10 @@ def possible_changes(caption: Caption, picked: int) -> dict[str, list[dict]]:
     changes = defaultdict(list)
     for what, words in ATTRIBUTES.items():
         said = getattr(things[picked], what)
-        kind = "replace_obj" if what == "shape" else "replace_att" if said else "add_att"
+        if what == "shape":
+            kind = "replace_obj"
+        else:
+            kind = "replace_att" if said else "add_att"
         for word in words:
             changed = things[picked]._replace(**{what: word})
             changes[kind].append({"things": (*things[:picked], changed, *things[picked + 1 :])})
