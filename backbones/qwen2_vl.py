@@ -30,9 +30,10 @@ from PIL import Image
 from torch import nn
 
 import model
-from data import ChatTemplate, ImageProcessor, read_field, read_pixel_table, refuse_unless
+from data import ChatTemplate, ImageProcessor
 from formats import hf
 from formats.files import InputError
+from formats.images import read_field, read_pixel_table, refuse_unless
 from model import ACTIVATIONS, KVCache, LanguageModel, Llava, cos_and_sin, rotate
 
 # ---- How a conversation is written

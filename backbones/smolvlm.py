@@ -23,9 +23,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data import ChatTemplate, ImageProcessor, read_field, read_pixel_table, refuse_unless
+from data import ChatTemplate, ImageProcessor
 from formats import hf
 from formats.files import InputError
+from formats.images import read_field, read_pixel_table, refuse_unless
 from model import ACTIVATIONS, LanguageModel, Llava, TextConfig, VisionConfig, VisionTower
 
 # ---- How a conversation is written

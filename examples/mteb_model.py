@@ -24,8 +24,8 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from data import to_rgb
 from eval import Embedder, encode_image, encode_text, load_embedder
+from formats.images import to_rgb
 from formats.testsets import read_retrieval
 from runtime.terminal import errors_in_one_line
 

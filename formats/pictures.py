@@ -12,7 +12,7 @@ from pathlib import Path
 from formats.files import InputError, LeftOut, allowed_roots, is_hidden, tell
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-# Pictures too, that data.py does not open.
+# Pictures too, that formats/images.py does not open.
 OTHER_PICTURES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd")
 
 

@@ -39,9 +39,9 @@ from data import (
     TextTokenizer,
     collate,
     open_image,
-    to_rgb,
 )
 from formats.files import InputError, inside
+from formats.images import to_rgb
 from losses import IGNORE
 
 fuzz = settings(
