@@ -997,6 +997,28 @@ def paper_rows(table: str = "ablation") -> dict[str, dict[str, float]]:
     return {f"paper: {name}": row for name, row in tables[table].items()}
 
 
+def in_words(difference: dict[str, float]) -> list[str]:
+    """What became better, what worse, and what the paper's full recipe did to its own model."""
+    better = []
+    worse = []
+    for name, change in difference.items():
+        if change >= 0.05:  # what the table shows as a change
+            better.append(f"{name} {change:+.1f}")
+        elif change <= -0.05:
+            worse.append(f"{name} {change:+.1f}")
+    lines = [
+        f"Better: {', '.join(better) or 'nothing'}.",
+        f"Worse: {', '.join(worse) or 'nothing'}.",
+    ]
+    rows = list(paper_rows().values())
+    untrained = rows[0]
+    full = rows[-1]
+    changes = [f"{name} {full[name] - untrained[name]:+.1f}" for name in full if name in difference]
+    if changes:
+        lines.append(f"The paper's full recipe, on LLaVA-1.5-7B: {', '.join(changes)}.")
+    return lines
+
+
 # ---- What the options name, opened; for the scripts in examples/ too
 
 

@@ -797,9 +797,9 @@ def start(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
     device = processes.start(device)
     if dtype == torch.float16:
         dtype = torch.float32  # fp16 would need losses scaled up
-    chosen = "as asked for" if config.device else "the best device here"
+    why = "as asked for" if config.device else "the best device here"
     precision = str(dtype).removeprefix("torch.")
-    print(f"training on {device} ({chosen}) in {precision}, {world_size()} process(es)")
+    print(f"training on {device} ({why}) in {precision}, {world_size()} process(es)")
     config.check(device)
     return device, dtype
 
@@ -913,7 +913,7 @@ def report(before: dict, after: dict, out: Path) -> None:
             name: value - rows["untrained"][name] for name, value in rows["trained"].items()
         }
         eval.print_table(rows | eval.paper_rows())
-        for line in in_words(rows["difference"]):
+        for line in eval.in_words(rows["difference"]):
             print(line)
     if not before["picture"]:
         return
@@ -926,28 +926,6 @@ def report(before: dict, after: dict, out: Path) -> None:
     print(f"{before['picture']}")
     print(f"  before: {before['caption']}")
     print(f"  after:  {after['caption']}")
-
-
-def in_words(difference: dict[str, float]) -> list[str]:
-    """What became better, what worse, and what the paper's full recipe did to its own model."""
-    better = []
-    worse = []
-    for name, change in difference.items():
-        if change >= 0.05:  # what the table shows as a change
-            better.append(f"{name} {change:+.1f}")
-        elif change <= -0.05:
-            worse.append(f"{name} {change:+.1f}")
-    lines = [
-        f"Better: {', '.join(better) or 'nothing'}.",
-        f"Worse: {', '.join(worse) or 'nothing'}.",
-    ]
-    rows = list(eval.paper_rows().values())
-    untrained = rows[0]
-    full = rows[-1]
-    changes = [f"{name} {full[name] - untrained[name]:+.1f}" for name in full if name in difference]
-    if changes:
-        lines.append(f"The paper's full recipe, on LLaVA-1.5-7B: {', '.join(changes)}.")
-    return lines
 
 
 def opened(row: list) -> list:
