@@ -959,23 +959,51 @@ def settings(given: dict) -> TrainConfig:
     return TrainConfig(**saved | given)
 
 
-def main(arguments: list[str] | None = None) -> None:
+# The parts of --help, by the first setting of each.
+PARTS = {
+    "model": "what is trained on what, and where it goes",
+    "steps": "the batch",
+    "contrastive_weight": "the losses",
+    "soft_prompts": "what learns",
+    "lr": "the optimiser",
+    "fast": "memory and speed: the same numbers",
+    "save_every": "stopping and going on",
+}
+
+
+def make_parser() -> ArgumentParser:
+    """A flag for each field of TrainConfig."""
     parser = ArgumentParser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="python train.py [--SETTING VALUE ...]",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    part = parser
     for each in dataclasses.fields(TrainConfig):
-        other = f", for other models {PAPER[each.name]!r}" if each.name in PAPER else ""
-        text = f"{each.metadata['help']} [{each.default!r}{other}]".replace("%", "%%")
+        if each.name in PARTS:
+            part = parser.add_argument_group(PARTS[each.name])
         # SUPPRESS: only what was given is in the result, the rest is the dataclass's or the run's.
+        options = {"default": SUPPRESS, "help": help_of(each).replace("%", "%%")}
         if each.type is bool:
-            parser.add_argument(
-                f"--{each.name}", default=SUPPRESS, help=text, action=BooleanOptionalAction
-            )
+            part.add_argument(f"--{each.name}", action=BooleanOptionalAction, **options)
         else:
-            kind = each.type
-            parser.add_argument(
-                f"--{each.name}", default=SUPPRESS, help=text, type=kind, metavar=kind.__name__
-            )
+            kind = {str: "TEXT", int: "N", float: "X"}[each.type]
+            part.add_argument(f"--{each.name}", type=each.type, metavar=kind, **options)
+    return parser
+
+
+def help_of(setting: dataclasses.Field) -> str:
+    """What a setting is, and its default."""
+    text = setting.metadata["help"]
+    if setting.default == "":  # the text says what that means
+        return text
+    other = f", for other models {PAPER[setting.name]!r}" if setting.name in PAPER else ""
+    return f"{text} [{setting.default!r}{other}]"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
     print_any_text()
     try:
         job(settings(vars(parser.parse_args(arguments))))

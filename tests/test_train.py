@@ -788,6 +788,15 @@ def test_captions_are_routed_by_length(small_world, tmp_path):
     assert embedder.tokenizer.decode(long[1]).endswith("blue square.")
 
 
+def test_every_flag_stands_in_a_part_of_the_help():
+    """Also a part's first setting: a name that is no field's would leave its part out."""
+    groups = train.make_parser()._action_groups
+    titles = [group.title for group in groups if group._group_actions]
+    assert titles == ["options", *train.PARTS.values()]
+    of_parts = [action for group in groups[2:] for action in group._group_actions]
+    assert len(of_parts) == len(dataclasses.fields(TrainConfig))
+
+
 def test_flags_are_the_fields(capsys):
     """--help shows every field with its default; an unknown flag is refused."""
     with pytest.raises(SystemExit):
