@@ -658,9 +658,8 @@ def train(
     model.eval()
     for reason in log.skipped:
         print(f"left out: {reason}")
-    if without_negatives and config.contrastive_weight > 0:
-        found = f"{without_negatives} of {config.steps - first_step} batches had fewer than 2 pairs"
-        print(f"{found} of a picture and a short caption: nothing was contrasted in them")
+    if config.contrastive_weight > 0:
+        say_without_negatives(without_negatives, config.steps - first_step)
 
 
 def save(
@@ -697,6 +696,13 @@ def say_what_no_loss_reaches(model: nn.Module) -> None:
             names.append(name)
     if names:
         tqdm.write(f"no loss reaches {', '.join(names[:5])}; it stays as it is")
+
+
+def say_without_negatives(number: int, steps: int) -> None:
+    """After a run of so many steps, in `number` of which nothing was contrasted."""
+    if number:
+        found = f"{number} of {steps} batches had fewer than 2 pairs"
+        print(f"{found} of a picture and a short caption: nothing was contrasted in them")
 
 
 def diverged(step: int, losses: dict, norm: float, config, dataset, out: Path) -> InputError:
