@@ -760,13 +760,13 @@ def captioning(
         items = read_retrieval(path, images, left_out=left_out)
         tell(path, left_out)
         items = [item for item in items if item[1]]  # some pictures have no caption
-        described = short_captions(embedder, items[:limit])
+        pictures = pictures_of_test(embedder, items[:limit])
     else:
         dataset = CaptionDataset(path, layout, embedder.processor, images)
         result["token_accuracy"] = token_accuracy(embedder, dataset, limit)
-        described = long_captions(dataset, limit)
+        pictures = pictures_of_records(dataset, limit)
     if score is not None:
-        result.update(score_greedy_captions(embedder, layout, described, score))
+        result.update(score_greedy_captions(embedder, layout, pictures, score))
     return result
 
 
@@ -798,27 +798,27 @@ def tokens_right(model: Backbone, chunk: Chunk) -> int:
 
 
 def score_greedy_captions(
-    embedder: Embedder, layout: Layout, described: Iterator[tuple], score: Callable
+    embedder: Embedder, layout: Layout, pictures: Iterator[tuple], score: Callable
 ) -> dict[str, float]:
     """score(generated, references): of each picture a greedy caption, and those that it has.
 
-    described: yields prepared pictures, (3, height, width) each, and a list of captions of each."""
+    pictures: yields prepared pictures, (3, height, width) each, and a list of captions of each."""
     generated = []
     references = []
-    for pixels, captions in described:
+    for pixels, captions in pictures:
         generated += answers_about(embedder, layout, pixels, max_new_tokens=128)
         references += captions
     return score(generated, references)
 
 
-def short_captions(embedder: Embedder, items: list[tuple[Path, list[str]]]) -> Iterator[tuple]:
+def pictures_of_test(embedder: Embedder, items: list[tuple[Path, list[str]]]) -> Iterator[tuple]:
     """64 pictures of a retrieval test at a time, prepared, and all captions of each."""
     for part in parts_of(len(items)):
         pixels = [embedder.processor(open_image(items[index][0])) for index in part]
         yield pixels, [items[index][1] for index in part]
 
 
-def long_captions(dataset: CaptionDataset, limit: int) -> Iterator[tuple]:
+def pictures_of_records(dataset: CaptionDataset, limit: int) -> Iterator[tuple]:
     """Of 64 records of a training file at a time the pictures, prepared, and their long captions.
 
     They are read again after `token_accuracy`: a picture takes far less time to read than to
