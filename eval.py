@@ -139,7 +139,7 @@ def load_embedder(
     A run is its base model, in int8 if it was trained so, with its newest adapters and with the
     prompts that they were trained with. A LLaVA folder has the paper's prompts or those given.
     Raises InputError."""
-    folder = Path(folder)
+    folder = find_folder(folder) or Path(folder)
     if not (folder / "checkpoints").is_dir():
         return load_base(
             folder, device, image_prompt, text_prompt, dtype=dtype, max_pixels=max_pixels

@@ -124,8 +124,9 @@ class TrainConfig:
     def check(self, device: torch.device) -> None:
         """Raise InputError for values that cannot work, all in one message."""
         faults = []
-        if self.steps < 1 or self.micro_batch < 1:
-            faults.append("steps and micro_batch must be at least 1")
+        for name in ("steps", "micro_batch"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} must be at least 1")
         if self.batch_size < world_size():
             faults.append(f"batch_size must be at least {world_size()}, one for each process")
         if self.batch_size == 1 and self.contrastive_weight > 0:
@@ -214,9 +215,15 @@ CAPTION_LOSSES = {"autoregressive": autoregressive}
 
 
 def active_weights(losses: dict, config: TrainConfig) -> dict[str, float]:
-    """The weights of those losses that are not left out, by name."""
-    weights = {name: getattr(config, f"{name}_weight") for name in losses}
-    return {name: weight for name, weight in weights.items() if weight > 0}
+    """The weights of those losses that are not left out, by name. Raises InputError."""
+    weights = {}
+    for name in losses:
+        weight = getattr(config, f"{name}_weight", None)
+        if weight is None:
+            raise InputError(f"the loss {name} has no weight: add {name}_weight to TrainConfig")
+        if weight > 0:
+            weights[name] = weight
+    return weights
 
 
 # ---- One step: figure 1 of the paper
@@ -263,11 +270,11 @@ def choose_weights(all_pairs, all_tokens, batch, config) -> dict[str, float]:
         weights.update(active_weights(EMBEDDING_LOSSES, config))
     if all_tokens:
         weights.update(active_weights(CAPTION_LOSSES, config))
+    if not weights and batch.skipped:
+        advice = "is --image_root the folder that the data's paths begin in?"
+        raise InputError(f"no record of a batch could be used; {advice} {batch.skipped[0]}")
     if not weights:
-        raise InputError(
-            "a batch has no captions for its losses; larger batches? "
-            f"the --image_root? {batch.skipped[:1]}"
-        )
+        raise InputError("a batch has no captions for its losses; larger batches?")
     return weights
 
 
@@ -636,6 +643,7 @@ def train(
             losses = training_step(model, batch, config)
             if step == first_step:
                 say_what_no_loss_reaches(model)
+                say_without_long_captions(losses, config)
             norm = update(model, optimizer, step, config)
             if not (math.isfinite(losses["loss"]) and math.isfinite(norm)):
                 raise diverged(step, losses, norm, config, dataset, out)
@@ -698,6 +706,14 @@ def say_what_no_loss_reaches(model: nn.Module) -> None:
         tqdm.write(f"no loss reaches {', '.join(names[:5])}; it stays as it is")
 
 
+def say_without_long_captions(losses: dict, config: TrainConfig) -> None:
+    """After the first step: where nothing asks for captions, the model may forget to write them."""
+    wanted = active_weights(CAPTION_LOSSES, config)
+    if wanted and not any(losses[name] for name in wanted):
+        found = f"no caption of the first batch has {data.LONG} tokens or more"
+        tqdm.write(f"{found}: captioning is not trained on such data, and may get worse")
+
+
 def say_without_negatives(number: int, steps: int) -> None:
     """After a run of so many steps, in `number` of which nothing was contrasted."""
     if number:
@@ -740,7 +756,10 @@ def log_line(step: int, batch: Batch, losses: dict, norm: float, model, config) 
 
 def in_short(line: dict) -> str:
     """A line of the log for the progress bar."""
-    parts = [f"{name} {line[name]:.3f}" for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES)]
+    parts = []
+    for name in (*EMBEDDING_LOSSES, *CAPTION_LOSSES):
+        value = f"{line[name]:.3f}" if line[name] else "-"  # off, or without captions
+        parts.append(f"{name} {value}")
     parts[0] += f" (chance {line['chance']:.2f})"  # the contrastive loss is the first one
     parts.append(f"temperature {line['temperature']:.3f}")
     parts.append(f"{line['pairs_per_second']:.0f} pairs/s")
@@ -759,6 +778,8 @@ def job(config: TrainConfig) -> None:
     out = Path(config.out)
     checkpoints.check_run_folder(out)
     checkpoint = checkpoints.to_go_on_from(out) if config.resume else None
+    if config.resume and checkpoint is None:
+        print(f"--resume: {out} has no checkpoint to go on from, so this is a new run")
 
     # Small files first: a fault in the data must show before gigabytes of weights are read.
     data_path, tests, score = choose_data(config)
@@ -805,7 +826,8 @@ def start(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
         dtype = torch.float32  # fp16 would need losses scaled up
     why = "as asked for" if config.device else "the best device here"
     precision = str(dtype).removeprefix("torch.")
-    print(f"training on {device} ({why}) in {precision}, {world_size()} process(es)")
+    number = "1 process" if world_size() == 1 else f"{world_size()} processes"
+    print(f"training on {device} ({why}) in {precision}, {number}")
     config.check(device)
     return device, dtype
 
@@ -1015,7 +1037,8 @@ def main(arguments: list[str] | None = None) -> None:
         job(settings(vars(parser.parse_args(arguments))))
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # inside of the loop it is noted, and the step is finished first
+        print("interrupted before or after the training steps: nothing to save", file=sys.stderr)
         sys.exit(130)
     finally:
         signals.interrupt_at_once()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import open_image
 from eval import TOY_MODEL, Embeddings, open_embedder, open_embeddings
 from formats.files import InputError, LeftOut, tell
-from formats.pictures import pictures_in
+from formats.pictures import is_picture, pictures_in
 from runtime.gallery import gallery
 from runtime.options import (
     add_cache_option,
@@ -106,6 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with errors_in_one_line():
         check_parent(args.out)
+        if not args.query.strip():
+            raise InputError("QUERY is empty: give words, or the path of a picture")
+        if is_picture(args.query) and not os.path.isfile(args.query):
+            raise InputError(f"{args.query}: no such picture")
         embeddings = open_embeddings(open_embedder(args), args)
         pictures = embed_folder(embeddings, args.images)
         found = rank(embeddings, args.query, pictures, args.top)

@@ -53,7 +53,7 @@ class RunLog:
         Raises InputError where more than ten, and more than 1 % of the records `read`, could not be
         used."""
         if len(self.skipped) > max(10, 0.01 * read):
-            found = f"{len(self.skipped)} records could not be used"
+            found = f"{len(self.skipped)} times a record could not be used"
             raise InputError(f"{found}, the last one: {self.skipped[-1]}")
 
 

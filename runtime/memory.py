@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+MANY = 2048  # sequences: where as many fit, nobody asks how many
+
 
 def held_and_free(device: torch.device) -> tuple[float, float]:
     """GB that this process holds on a device, and GB that are free there.
@@ -89,9 +91,10 @@ def report(parts: dict[str, float], free: float) -> None:
     listed = ", ".join(f"{name} {size:.2g}" for name, size in parts.items())
     tqdm.write(f"memory for training: about {total:.2g} GB of {free:.3g} GB free ({listed})")
     if math.isfinite(free):
-        fitting = int((free - total + parts["activations"]) / sequence)
-        fitting = max(0, fitting)
-        tqdm.write(f"  with --gradient_cache a --micro_batch of up to {fitting:,} sequences fits")
+        fitting = max(0, int((free - total + parts["activations"]) / sequence))
+        if fitting < MANY:
+            found = f"--micro_batch of up to {fitting:,} sequences fits"
+            tqdm.write(f"  with --gradient_cache a {found}")
     if total > free:
         tqdm.write(
             "  AS SET, IT IS LIKELY TO RUN OUT OF MEMORY; "

@@ -767,6 +767,17 @@ def test_a_run_keeps_its_prompts_and_has_to_be_complete(toy, tmp_path):
         load_embedder(run, "cpu", image_prompt="What is this?")
 
 
+def test_a_run_is_found_from_any_folder(tmp_path, monkeypatch):
+    """runs/mine is looked for in the project as well, and is a run there, not a LLaVA folder."""
+    run = tmp_path / "project" / "runs" / "mine"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"model": str(TOY_MODEL)}))
+    monkeypatch.setattr("formats.files.ROOT", tmp_path / "project")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="not a complete run"):
+        load_embedder("runs/mine", "cpu")
+
+
 def test_a_base_has_one_hash_in_every_precision():
     """A run finds its base model also on a GPU whose fastest precision is fp16."""
     hashes = {

@@ -142,6 +142,10 @@ def test_search(toy, photos, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run_main(capsys, "search", "x")
     assert "required: --images" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="nope.png: no such picture"):  # no words to search by
+        run_main(capsys, "search", "nope.png", *options)
+    with pytest.raises(SystemExit, match="QUERY is empty"):
+        run_main(capsys, "search", " ", *options)
     long = "a red circle is above a blue star " * 9  # longer than the name of a file can be
     assert "of 23 pictures" in run_main(capsys, "search", long, *options)
 

@@ -442,6 +442,30 @@ def test_memory_is_printed_with_what_fits(capsys):
     assert "--micro_batch of up to 4 sequences" in shown and "RUN OUT OF MEMORY" in shown
     memory.report({"weights": 4.0, "activations": 1.0, "a sequence": 0.5}, free=math.inf)
     assert "OUT OF MEMORY" not in capsys.readouterr().out
+    memory.report({"weights": 4.0, "activations": 1.0, "a sequence": 1e-4}, free=6.0)
+    assert "sequences" not in capsys.readouterr().out  # 20,000: nobody takes as many
+
+
+def test_a_loss_without_a_weight_is_named(small_world, monkeypatch):
+    """Half of the way to a loss of one's own: the function is in the table, the setting is not."""
+    monkeypatch.setitem(train.EMBEDDING_LOSSES, "spread", train.contrastive)
+    with pytest.raises(InputError, match="spread has no weight: add spread_weight to TrainConfig"):
+        train.active_weights(train.EMBEDDING_LOSSES, TrainConfig())
+
+
+def test_data_without_long_captions_says_what_it_costs(small_world, tmp_path, capsys):
+    """Nothing keeps the captioning then; the bar shows a dash and no perfect zero."""
+    lines = (small_world / "train.jsonl").read_text().splitlines()
+    records = [json.loads(line) | {"long": []} for line in lines]
+    data = small_world / "short.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ["--steps", "1", "--batch_size", "8", "--tests", "none", "--device", "cpu"]
+    main(["--data", str(data), "--out", str(tmp_path / "run"), "--resume", *flags])
+    out = capsys.readouterr()
+    assert "captioning is not trained on such data" in out.out + out.err
+    assert "so this is a new run" in out.out  # --resume, where there is nothing
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert "autoregressive -" in train.in_short(line)
 
 
 def test_gradients_reach_what_trains_and_nothing_else(small_world):
@@ -869,7 +893,7 @@ def test_the_first_line_says_device_and_precision(
     ]
     main([*settings, "--batch_size", "4"])
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "training on cpu (the best device here) in float32, 1 process(es)"
+    assert first == "training on cpu (the best device here) in float32, 1 process"
 
 
 def test_a_run_knows_its_base_model(small_world, tmp_path):

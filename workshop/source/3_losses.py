@@ -330,7 +330,7 @@ print(f"one pass:   {once:.2f} s")
 # Long captions say everything. Would they not be the better partners? We try, live. Two runs with
 # the real `train.train`, contrastive loss only, which differ in one setting: `contrast="short"` or
 # `"long"`. Each takes up to half a minute on a core of your own. (Before the first step stands what
-# the run will need of the memory, and how many sequences at a time would still fit into it.)
+# the run will need of the memory.)
 
 
 # %%
