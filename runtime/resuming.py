@@ -77,7 +77,10 @@ def read_settings(
         faults.append(f"{path} lacks {name}, which this version of train.py has; set it there")
     if faults:
         found = "; ".join(faults)
-        raise InputError(f"--resume: {found}; leave these flags out, or choose another --out")
+        advice = "or choose another --out"
+        if any(name not in may_change for name in given):
+            advice = f"leave these flags out, {advice}"
+        raise InputError(f"--resume: {found}; {advice}")
     saved.pop("changed_data", None)  # said once, it holds for that one time
     return saved
 
