@@ -27,7 +27,7 @@ import json
 import math
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from losses import contrastive_loss, cross_entropy
 from runtime import checkpoints, memory, processes, resuming, signals
 from runtime.gallery import gallery
 from runtime.log import RunLog
+from runtime.options import add_settings
 from runtime.processes import everyone, gather_rows, rank, world_size
 from runtime.terminal import print_any_text
 
@@ -1007,27 +1008,8 @@ def make_parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    part = parser
-    for each in dataclasses.fields(TrainConfig):
-        if each.name in PARTS:
-            part = parser.add_argument_group(PARTS[each.name])
-        # SUPPRESS: only what was given is in the result, the rest is the dataclass's or the run's.
-        options = {"default": SUPPRESS, "help": help_of(each).replace("%", "%%")}
-        if each.type is bool:
-            part.add_argument(f"--{each.name}", action=BooleanOptionalAction, **options)
-        else:
-            kind = {str: "TEXT", int: "N", float: "X"}[each.type]
-            part.add_argument(f"--{each.name}", type=each.type, metavar=kind, **options)
+    add_settings(parser, TrainConfig, PARTS, PAPER)
     return parser
-
-
-def help_of(setting: dataclasses.Field) -> str:
-    """What a setting is, and its default."""
-    text = setting.metadata["help"]
-    if setting.default == "":  # the text says what that means
-        return text
-    other = f", for other models {PAPER[setting.name]!r}" if setting.name in PAPER else ""
-    return f"{text} [{setting.default!r}{other}]"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,10 +6,13 @@
     add_cache_option(parser)                   # --cache
     parser.add_argument("--top", type=positive)
 
+    add_settings(parser, TrainConfig, ...)     # a flag for each field of a dataclass
+
 eval.open_embedder and eval.open_embeddings open what they name.
 """
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 
@@ -83,3 +86,31 @@ def check_parent(path: Path | None) -> None:
     """Before anything is computed: is the folder there, in which the result will be written?"""
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, config: type, parts: dict[str, str], elsewhere: dict
+) -> None:
+    """A flag for each field of a dataclass, whose metadata have its "help".
+
+    Only flags that were given are in what the parser returns.
+
+    Args:
+        parts: titles of the help's parts, by the first field of each.
+        elsewhere: defaults of models other than the toy's."""
+    part = parser
+    for field in dataclasses.fields(config):
+        if field.name in parts:
+            part = parser.add_argument_group(parts[field.name])
+        text = field.metadata["help"]
+        if field.default != "":  # else the text says what an empty one means
+            other = (
+                f", for other models {elsewhere[field.name]!r}" if field.name in elsewhere else ""
+            )
+            text = f"{text} [{field.default!r}{other}]"
+        options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if field.type is bool:
+            part.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
+        else:
+            kind = {str: "TEXT", int: "N", float: "X"}[field.type]
+            part.add_argument(f"--{field.name}", type=field.type, metavar=kind, **options)
