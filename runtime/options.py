@@ -104,10 +104,10 @@ def add_settings(
             part = parser.add_argument_group(parts[field.name])
         text = field.metadata["help"]
         if field.default != "":  # else the text says what an empty one means
-            other = (
-                f", for other models {elsewhere[field.name]!r}" if field.name in elsewhere else ""
-            )
-            text = f"{text} [{field.default!r}{other}]"
+            default = repr(field.default)
+            if field.name in elsewhere:
+                default += f", for other models {elsewhere[field.name]!r}"
+            text = f"{text} [{default}]"
         options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if field.type is bool:
             part.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
