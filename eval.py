@@ -220,6 +220,8 @@ def read_folder(
     folder = find_folder(given)
     if folder is None:
         advice = "give a Hugging Face LLaVA folder or a run of train.py"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)):  # a name on the Hub, perhaps
+            advice += f"; `hf download {given} --local-dir DIR` gets one"
         raise InputError(f"{given}: no such folder; {advice}")
     refuse_adapter(folder)
     config = backbones.read_config(folder)

@@ -734,6 +734,7 @@ def test_a_run_and_its_base_side_by_side(small_world, tmp_path, capsys):
     [
         (["caption", "missing.png"], "missing.png: no such image"),
         (["caption", "x.png", "--model", "nowhere"], "nowhere: no such folder"),
+        (["caption", "x.png", "--model", "llava-hf/llava"], "hf download llava-hf/llava"),
         (["retrieval", "missing.json"], "missing.json: no such file"),
         (["caption", "x.png", "--device", "abacus"], "--device abacus"),
         (["imagenet", "nowhere"], "nowhere"),
