@@ -710,7 +710,7 @@ def say_what_no_loss_reaches(model: nn.Module) -> None:
 def say_without_long_captions(losses: dict, config: TrainConfig) -> None:
     """After the first step: where nothing asks for captions, the model may forget to write them."""
     wanted = active_weights(CAPTION_LOSSES, config)
-    if wanted and not any(losses[name] for name in wanted):
+    if wanted and config.caption_share > 0 and not any(losses[name] for name in wanted):
         found = f"no caption of the first batch has {data.LONG} tokens or more"
         tqdm.write(f"{found}: captioning is not trained on such data, and may get worse")
 

@@ -57,6 +57,7 @@ MISTAKES = [
         "one direction",
     ),
     ("3.1", "scale * images @ texts.T", "images @ texts.T / scale", "multiply"),
+    ("3.1", "F.normalize(text_embeddings, dim=-1)", "text_embeddings", "unit length"),
     ("3.2", "position >= summary", "position > summary", "first token"),
     ("3.2", "following = ids.roll(-1)", "following = ids", "shift"),
     ("3.2", "len(ids) - 1", "len(ids)", "last token"),
@@ -65,12 +66,20 @@ MISTAKES = [
     ("3.4", "1 - (p + q) / 2", "1 - p", "both"),
     ("4.1", "self.scale * ", "", "scale"),
     ("4.2", "rank * (out + inside)", "out * inside", "counts W"),
+    ("4.2", "rank * (out + inside)", "rank * out * inside", "two matrices"),
     ("4.3", "W + scale * B @ A", "W + B @ A", "scale"),
     ("4.3", "W + scale * B @ A", "W.add_(scale * B @ A)", "W itself"),
     ("4.4", "dy @ W + dp @ A", "dy @ W", "two ways"),
     ("4.4", "dp.T @ x", "x.T @ dp", "shape"),
     ("4.5", "(ids - V).clamp(min=0)", "ids.clamp(max=2)", "row i"),
+    ("4.5", "(ids - V).clamp(min=0)", "ids", "subtract V"),
     ("5.1", "    optimizer.zero_grad()\n", "", "left over"),
+    (
+        "5.1",
+        "    optimizer.step()\n    optimizer.zero_grad()\n",
+        "    optimizer.zero_grad()\n    optimizer.step()\n",
+        "after zero_grad",
+    ),
     ("5.1", "    torch.nn.utils.clip_grad_norm_(parameters, 1.0)\n", "", "clip"),
     ("5.1", "clip_grad_norm_(parameters, 1.0)", "clip_grad_norm_(parameters, 100.0)", "to 1.0"),
     (
@@ -83,9 +92,10 @@ MISTAKES = [
         "5.2",
         "dict(soft_prompts=False, autoregressive_weight=0.0)",
         "dict(soft_prompts=False)",
-        "ar is on",
+        "it should not be: autoregressive_weight",
     ),
     ("5.3", "d.std()", "d.std(correction=0)", "n - 1"),
+    ("5.3", "mean = d.mean()", "mean = d.mean().abs()", "negative"),
     ("5.4", "ids[places + 1]", "ids[places]", "real collate"),
     ("5.4", "labels[places[-1]] == layout.stop_id", "True", "stop"),
     ("5.4", "places[0] == start", "True", "first word"),
@@ -137,6 +147,7 @@ MISTAKES = [
     ),
     ("6.4", "v.cumsum(dim=1) / seen[:, None]", "v.mean(1, keepdim=True).expand_as(v)", "BEHIND"),
     ("6.4", " / seen[:, None]", "", "divide by how many"),
+    ("6.4", " / seen[:, None]", " / v.shape[1]", "divided by T"),
     ("6.4", "patches.flatten(2).transpose(1, 2)", "patches.flatten(2)", "shape"),
     (
         "6.4",
@@ -343,6 +354,7 @@ def test_a_share_of_a_core_gives_fewer_steps_and_never_none():
     assert fewer(40, 0.25) == 20
     assert fewer(40, 0) == fewer(40, -1) == 8
     assert fewer(1, 0.04) == 1
+    assert fewer(30, 0.2, least=24) == 24 and fewer(30, 1.0, least=24) == 30
 
 
 def test_a_hint_is_shown_without_a_traceback():
